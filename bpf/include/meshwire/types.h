@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* The contract between the TC programs and user space. meshwire.bpf.layouts mirrors every struct and enum here;
+ * tests/bpf compares the two by BTF. Multi-byte fields are in host byte order unless their type says __be. */
+#pragma once
+
+#define MW_MAX_PREFIXES 131072
+#define MW_MAX_NODES 16384
+
+enum mw_family {
+	MW_IPV4 = 4,
+	MW_IPV6 = 6,
+};
+
+/* Key of `ipcache`. The family is part of the prefix, so the two families share one trie and never match each
+ * other: prefixlen counts the 32 bits of the family word too (10.1.0.0/16 is 48). */
+struct mw_prefix {
+	__u32 prefixlen;
+	__u8 family; /* enum mw_family */
+	__u8 pad[3];
+	__u8 addr[16]; /* network order; IPv4 in the first four bytes, the rest zero */
+};
+
+enum mw_address_flags {
+	MW_ADDRESS_POD = 1 << 0, /* pods live here */
+	MW_ADDRESS_HOST = 1 << 1, /* an address of a node itself */
+	MW_ADDRESS_CLUSTER = 1 << 2, /* inside a cluster CIDR, of no node known here: node is 0 */
+};
+
+struct mw_address {
+	__u32 identity; /* 0 until policy gives addresses identities */
+	__u16 node; /* index into `nodes`; 0: unknown */
+	__u16 flags; /* enum mw_address_flags */
+};
+
+/* Value of `nodes`. ifindex 0: no tunnel to that node is proven (or it is this node). */
+struct mw_node {
+	__u32 wg_ifindex;
+};
+
+enum mw_settings_flags {
+	MW_STRICT = 1 << 0, /* drop plaintext between pods of different nodes, both directions */
+	MW_ENFORCING = 1 << 1, /* encryption is in force: plaintext between pods counts as leaked, dropped or not */
+	MW_PASS_OVERSIZED = 1 << 2, /* cutting over: an oversized DF packet gets its ICMP error and still goes through */
+};
+
+/* The one value of `settings`. */
+struct mw_settings {
+	__u32 flags; /* enum mw_settings_flags */
+	__u16 local_node;
+	__u16 tunnel_mtu; /* largest IP packet a tunnel carries; 0: no limit is enforced */
+};
+
+enum mw_direction {
+	MW_EGRESS = 0,
+	MW_INGRESS = 1,
+	MW_DIRECTIONS,
+};
+
+/* Numbered once, never renumbered; also the index into `metrics` (reason * MW_DIRECTIONS + direction).
+ * From 128 on the packet was dropped. */
+enum mw_reason {
+	MW_NOT_OURS = 0, /* not IP, or not between addresses Meshwire knows: left alone */
+	MW_ENCRYPTED = 1, /* redirected into a tunnel */
+	MW_DECRYPTED = 2, /* arrived through a tunnel */
+	MW_CLEAR_ALLOWED = 3, /* pod traffic in clear while encryption is not in force (off, enabling, disabling) */
+	MW_CLEAR_LEAKED = 4, /* pod traffic in clear although encryption is in force (Permissive) */
+	MW_CLEAR_HOST = 5, /* between a pod and another node's own address, in clear: no tunnel yet */
+	MW_TOO_BIG_ANSWERED = 6, /* an ICMP error was sent for an oversized packet */
+	MW_MSS_CLAMPED = 7,
+	MW_DROP_NO_TUNNEL = 128, /* strict: destination's node has no proven tunnel */
+	MW_DROP_UNKNOWN_NODE = 129, /* strict: destination in a cluster CIDR, of no known node */
+	MW_DROP_CLEAR_ARRIVED = 130, /* strict: came in clear and should have come through a tunnel */
+	MW_DROP_BAD_SOURCE = 131, /* came through a tunnel with a source that is no other node's */
+	MW_DROP_TOO_BIG = 132, /* does not fit the tunnel, DF set: answered with an ICMP error */
+	MW_DROP_MALFORMED = 133, /* truncated or impossible IP header on a path where it cannot be judged */
+	MW_DROP_ENCAPSULATED = 134, /* strict: pod traffic inside VXLAN, Geneve or IPIP on its way out in clear */
+	MW_CLEAR_ARRIVED = 8, /* Permissive: came in clear although encryption is in force */
+	MW_REASONS = 136,
+};
+
+/* Value of `metrics`, one per CPU. */
+struct mw_counter {
+	__u64 packets;
+	__u64 bytes;
+};

@@ -1,0 +1,47 @@
+"""Names and numbers that several parts of Meshwire, or the people who use it, rely on."""
+
+from __future__ import annotations
+
+from typing import Final
+
+GROUP: Final = "meshwire.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+
+MESHCONFIGS: Final = "meshconfigs"
+MESHNODES: Final = "meshnodes"
+MESHSTATUSES: Final = "meshstatuses"
+
+CONFIG_NAME: Final = "default"
+"""The one MeshConfig the API server accepts."""
+STATUS_NAME: Final = "mesh"
+"""The one MeshStatus the operator writes."""
+
+NAMESPACE: Final = "meshwire-system"
+"""Where operator, agents and the nodes' key Secrets live unless POD_NAMESPACE says otherwise."""
+
+NOT_READY_TAINT: Final = "meshwire.dev/agent-not-ready"
+"""Nodes that register with this taint run no pods before their datapath is in force."""
+
+EPOCH_LABEL: Final = "meshwire.dev/epoch"
+NODE_LABEL: Final = "meshwire.dev/node"
+SEALED_TO_ANNOTATION: Final = "meshwire.dev/sealed-to"
+"""On a key Secret: the public sealing key its private half was sealed to (base64)."""
+
+MAX_NODE_ID: Final = 16383
+"""Node numbers run from 1; 0 stands for a node nobody knows. Bounds the datapath's `nodes` map."""
+
+
+def device_name(epoch: int) -> str:
+    """The WireGuard device that carries `epoch`: even epochs share one device, odd ones the other."""
+    return f"meshwire_wg{epoch % 2}"
+
+
+def listen_port(base_port: int, epoch: int) -> int:
+    """The UDP port of the device that carries `epoch`; `base_port` is the even epochs'."""
+    return base_port + epoch % 2
+
+
+def secret_name(node: str) -> str:
+    """The Secret that holds the node's WireGuard private keys, one data key per epoch, each sealed to the node."""
+    return f"meshwire-key-{node}"
