@@ -1,0 +1,36 @@
+# The commands of the README. Everything they need is installed by `scripts/setup`.
+.PHONY: help setup demo test check unit bench lab-down clean
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: ## install what is missing, build the BPF programs
+	@scripts/setup
+
+demo: setup ## the whole system on this machine: lab, encryption, traffic, a capture (root)
+	@$(BIN)/python scripts/demo.py
+
+check: setup ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: setup ## tests that need no root and no lab
+	$(BIN)/pytest -m "not bpf and not netns and not lab and not vm"
+
+test: check ## everything: unit, BPF, namespaces, lab, virtual machines with stock kernels (root)
+	$(BIN)/pytest
+
+bench: setup ## the figures, as a table and in bench/results/latest.json (root)
+	$(BIN)/python -m bench
+
+lab-down: ## take the lab down
+	@$(BIN)/meshwire lab down
+
+clean: ## remove what was built here; caches in ~/.cache/meshwire stay
+	$(MAKE) -C bpf clean
+	rm -rf .venv .build .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/results
