@@ -43,5 +43,5 @@ def listen_port(base_port: int, epoch: int) -> int:
 
 
 def secret_name(node: str) -> str:
-    """The Secret that holds the node's WireGuard private keys, one data key per epoch, each sealed to the node."""
+    """The Secret of the node's WireGuard private keys: one data key per epoch, each sealed to the node."""
     return f"meshwire-key-{node}"

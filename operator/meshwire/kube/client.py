@@ -84,7 +84,7 @@ def read_kubeconfig(path: Path) -> Cluster:
 
     def file(source: Object, field: str) -> Path | None:
         if name := source.get(field):
-            return path.parent / name
+            return path.parent / str(name)
         if data := source.get(f"{field}-data"):
             # ssl reads certificates from files only; mkstemp makes them 0600.
             handle, temporary = tempfile.mkstemp(prefix="meshwire-")

@@ -1,0 +1,109 @@
+"""MeshConfig: what people ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import combinations
+from typing import Any, Final
+
+from meshwire.api import conditions, fields, names
+from meshwire.api.conditions import Condition
+from meshwire.api.fields import InvalidSpec, Network
+
+RESERVED_PORTS: Final[Mapping[int, str]] = {4789: "VXLAN", 6081: "Geneve", 8472: "VXLAN in many CNIs"}
+"""UDP ports of the overlays Meshwire encrypts: a WireGuard device there would take the CNI's packets."""
+
+OWN_DEVICES: Final = "meshwire_"
+"""Devices whose names start like this are Meshwire's own."""
+
+
+class Mode(StrEnum):
+    STRICT = "Strict"
+    PERMISSIVE = "Permissive"
+
+
+class Userspace(StrEnum):
+    AUTO = "Auto"
+    NEVER = "Never"
+    ALWAYS = "Always"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encryption:
+    enabled: bool = False
+    mode: Mode = Mode.STRICT
+    userspace: Userspace = Userspace.AUTO
+    port: int = 51871
+    """The even epochs' UDP port; odd ones use the next (names.listen_port)."""
+    keepalive: int = 25
+    """Seconds between persistent keepalives; 0: none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSettings:
+    cluster_cidrs: tuple[Network, ...] = ()
+    uplinks: tuple[str, ...] = ()
+    overlays: tuple[str, ...] = ()
+    mtu: int = 0
+    """Of the tunnel, in bytes; 0: the underlay's minus 80."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig:
+    """`MeshConfig()` is what holds while nobody has written one: encryption off."""
+
+    encryption: Encryption = field(default_factory=Encryption)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    generation: int = 0
+    conditions: tuple[Condition, ...] = ()
+
+    @classmethod
+    def from_object(cls, source: Mapping[str, Any]) -> MeshConfig:
+        """Reads a MeshConfig as the API server gives it. Raises InvalidSpec."""
+        metadata, spec = fields.child(source, "metadata", ""), fields.child(source, "spec", "")
+        return cls(
+            encryption=_encryption(fields.child(spec, "encryption", "spec")),
+            network=_network(fields.child(spec, "network", "spec")),
+            generation=fields.integer(metadata, "generation", "metadata", default=0),
+            conditions=conditions.parse(fields.child(source, "status", "")),
+        )
+
+
+def _encryption(source: Mapping[str, Any]) -> Encryption:
+    path = "spec.encryption"
+    port = fields.integer(source, "port", path, default=51871, low=1, high=65534)
+    for taken in (port, port + 1):
+        if user := RESERVED_PORTS.get(taken):
+            raise InvalidSpec(f"{path}.port", f"takes {port} and {port + 1}, and {taken} is {user}")
+    return Encryption(
+        enabled=fields.boolean(source, "enabled", path, default=False),
+        mode=fields.choice(source, "mode", path, default=Mode.STRICT),
+        userspace=fields.choice(source, "userspace", path, default=Userspace.AUTO),
+        port=port,
+        keepalive=fields.integer(source, "persistentKeepaliveSeconds", path, default=25, high=65535),
+    )
+
+
+def _network(source: Mapping[str, Any]) -> NetworkSettings:
+    path = "spec.network"
+    cidrs = fields.listed(source, "clusterCIDRs", path, fields.network)
+    for one, other in combinations(cidrs, 2):
+        if one.overlaps(other):
+            raise InvalidSpec(f"{path}.clusterCIDRs", f"{one} and {other} overlap")
+    uplinks = fields.listed(source, "uplinks", path, _foreign_device)
+    overlays = fields.listed(source, "overlays", path, _foreign_device)
+    if both := set(uplinks) & set(overlays):
+        raise InvalidSpec(f"{path}.overlays", f"{min(both)} is an uplink too: a device is one or the other")
+    mtu = fields.integer(source, "mtu", path, default=0, high=65535)
+    if 0 < mtu < 1280:
+        raise InvalidSpec(f"{path}.mtu", "must be 0 (found by itself) or 1280 to 65535: IPv6 needs 1280")
+    return NetworkSettings(cluster_cidrs=cidrs, uplinks=uplinks, overlays=overlays, mtu=mtu)
+
+
+def _foreign_device(value: Any, path: str) -> str:
+    name = fields.device(value, path)
+    if name.startswith(OWN_DEVICES):
+        raise InvalidSpec(path, f"{name} is named like Meshwire's own devices ({names.device_name(0)})")
+    return name

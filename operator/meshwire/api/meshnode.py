@@ -1,0 +1,176 @@
+"""MeshNode: the operator's orders to one node, and that node's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from meshwire.api import conditions, fields, names
+from meshwire.api.conditions import Condition
+from meshwire.api.fields import Address, Network
+
+
+class Phase(StrEnum):
+    """In the order a cluster goes through them; after Draining comes Off again (docs/architecture.md)."""
+
+    OFF = "Off"
+    ENABLING = "Enabling"
+    ENFORCING = "Enforcing"
+    DISABLING = "Disabling"
+    DRAINING = "Draining"
+
+
+class Implementation(StrEnum):
+    KERNEL = "Kernel"
+    USERSPACE = "Userspace"
+    NONE = "None"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """The node's WireGuard public key of one epoch (canonical base64)."""
+
+    epoch: int
+    public_key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """`id` 0 and `epoch` 0 stand for none yet."""
+
+    id: int = 0
+    addresses: tuple[Address, ...] = ()
+    pod_cidrs: tuple[Network, ...] = ()
+    cluster_cidrs: tuple[Network, ...] = ()
+    keys: tuple[Key, ...] = ()
+    phase: Phase = Phase.OFF
+    epoch: int = 0
+
+    def public_key(self, epoch: int) -> str | None:
+        """The key published for `epoch`, if any."""
+        return next((key.public_key for key in self.keys if key.epoch == epoch), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into `spec`."""
+        return {
+            "id": self.id,
+            "addresses": [str(address) for address in self.addresses],
+            "podCIDRs": [str(cidr) for cidr in self.pod_cidrs],
+            "clusterCIDRs": [str(cidr) for cidr in self.cluster_cidrs],
+            "keys": [{"epoch": key.epoch, "publicKey": key.public_key} for key in self.keys],
+            "encryption": {"phase": str(self.phase), "epoch": self.epoch},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    observed_generation: int = 0
+    sealing_key: str | None = None
+    implementation: Implementation = Implementation.NONE
+    prepared_epoch: int = 0
+    active_epoch: int = 0
+    strict: bool = False
+    peers: int = 0
+    handshakes: int = 0
+    leaked: int = 0
+    dropped: int = 0
+    agent_version: str = ""
+    conditions: tuple[Condition, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into `status`."""
+        return {
+            "observedGeneration": self.observed_generation,
+            **({"sealingKey": self.sealing_key} if self.sealing_key else {}),
+            "implementation": str(self.implementation),
+            "preparedEpoch": self.prepared_epoch,
+            "activeEpoch": self.active_epoch,
+            "strict": self.strict,
+            "peers": self.peers,
+            "handshakes": self.handshakes,
+            "leaked": self.leaked,
+            "dropped": self.dropped,
+            "agentVersion": self.agent_version,
+            "conditions": conditions.to_list(self.conditions),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshNode:
+    """`generation` counts changes of the spec; a status speaks of the generation it has observed."""
+
+    name: str
+    uid: str = ""
+    resource_version: str = ""
+    generation: int = 0
+    created: str = ""
+    spec: Spec = field(default_factory=Spec)
+    status: Status = field(default_factory=Status)
+
+    @classmethod
+    def from_object(cls, source: Mapping[str, Any]) -> MeshNode:
+        """Reads a MeshNode as the API server gives it; parts not written yet read as their defaults.
+        Raises InvalidSpec."""
+        metadata = fields.child(source, "metadata", "")
+        return cls(
+            name=fields.text(metadata, "name", "metadata"),
+            uid=fields.text(metadata, "uid", "metadata"),
+            resource_version=fields.text(metadata, "resourceVersion", "metadata"),
+            generation=fields.integer(metadata, "generation", "metadata", default=0),
+            created=fields.text(metadata, "creationTimestamp", "metadata"),
+            spec=_spec(fields.child(source, "spec", "")),
+            status=_status(fields.child(source, "status", "")),
+        )
+
+    @property
+    def ready(self) -> bool:
+        """The node's agent has carried out the spec as it is now."""
+        return self.current and conditions.is_true(
+            self.status.conditions, conditions.READY, generation=self.generation
+        )
+
+    @property
+    def current(self) -> bool:
+        """The status speaks of the spec as it is now."""
+        return self.status.observed_generation >= self.generation
+
+
+def _spec(source: Mapping[str, Any]) -> Spec:
+    def key(item: Any, path: str) -> Key:
+        if not isinstance(item, Mapping):
+            raise fields.InvalidSpec(path, "must be an object")
+        return Key(
+            epoch=fields.integer(item, "epoch", path, default=0, low=1),
+            public_key=fields.key(item.get("publicKey"), f"{path}.publicKey"),
+        )
+
+    encryption = fields.child(source, "encryption", "spec")
+    return Spec(
+        id=fields.integer(source, "id", "spec", default=0, high=names.MAX_NODE_ID),
+        addresses=fields.listed(source, "addresses", "spec", fields.address),
+        pod_cidrs=fields.listed(source, "podCIDRs", "spec", fields.network),
+        cluster_cidrs=fields.listed(source, "clusterCIDRs", "spec", fields.network),
+        keys=fields.listed(source, "keys", "spec", key),
+        phase=fields.choice(encryption, "phase", "spec.encryption", default=Phase.OFF),
+        epoch=fields.integer(encryption, "epoch", "spec.encryption", default=0),
+    )
+
+
+def _status(source: Mapping[str, Any]) -> Status:
+    sealing_key = source.get("sealingKey")
+    return Status(
+        observed_generation=fields.integer(source, "observedGeneration", "status", default=0),
+        sealing_key=None if sealing_key is None else fields.key(sealing_key, "status.sealingKey"),
+        implementation=fields.choice(source, "implementation", "status", default=Implementation.NONE),
+        prepared_epoch=fields.integer(source, "preparedEpoch", "status", default=0),
+        active_epoch=fields.integer(source, "activeEpoch", "status", default=0),
+        strict=fields.boolean(source, "strict", "status", default=False),
+        peers=fields.integer(source, "peers", "status", default=0),
+        handshakes=fields.integer(source, "handshakes", "status", default=0),
+        leaked=fields.integer(source, "leaked", "status", default=0),
+        dropped=fields.integer(source, "dropped", "status", default=0),
+        agent_version=fields.text(source, "agentVersion", "status"),
+        conditions=conditions.parse(source),
+    )
