@@ -1,0 +1,106 @@
+"""What `bpf/include/meshwire/types.h` says, for Python. tests/bpf compares the two by BTF.
+
+Multi-byte fields are in host byte order; addresses are bytes in network order."""
+
+from __future__ import annotations
+
+import ctypes
+from enum import IntEnum, IntFlag
+from typing import Final
+
+MAX_PREFIXES: Final = 131072
+MAX_NODES: Final = 16384
+
+FAMILY_BITS: Final = 32
+"""Bits of a prefix that come before the address: `Prefix.prefixlen` counts them too."""
+
+
+class Family(IntEnum):
+    IPV4 = 4
+    IPV6 = 6
+
+
+class AddressFlag(IntFlag):
+    POD = 1 << 0
+    HOST = 1 << 1
+    CLUSTER = 1 << 2
+
+
+class SettingsFlag(IntFlag):
+    STRICT = 1 << 0
+    ENFORCING = 1 << 1
+    PASS_OVERSIZED = 1 << 2
+
+
+class Direction(IntEnum):
+    EGRESS = 0
+    INGRESS = 1
+
+
+class Reason(IntEnum):
+    """What became of a packet; from 128 on it was dropped."""
+
+    NOT_OURS = 0
+    ENCRYPTED = 1
+    DECRYPTED = 2
+    CLEAR_ALLOWED = 3
+    CLEAR_LEAKED = 4
+    CLEAR_HOST = 5
+    TOO_BIG_ANSWERED = 6
+    MSS_CLAMPED = 7
+    CLEAR_ARRIVED = 8
+    DROP_NO_TUNNEL = 128
+    DROP_UNKNOWN_NODE = 129
+    DROP_CLEAR_ARRIVED = 130
+    DROP_BAD_SOURCE = 131
+    DROP_TOO_BIG = 132
+    DROP_MALFORMED = 133
+    DROP_ENCAPSULATED = 134
+    DROP_BAD_DESTINATION = 135
+
+    @property
+    def dropped(self) -> bool:
+        return self >= 128
+
+
+class Prefix(ctypes.Structure):
+    """`struct mw_prefix`, the key of `ipcache`."""
+
+    _fields_ = [
+        ("prefixlen", ctypes.c_uint32),
+        ("family", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8 * 3),
+        ("addr", ctypes.c_uint8 * 16),
+    ]
+
+
+class Address(ctypes.Structure):
+    """`struct mw_address`, the value of `ipcache`."""
+
+    _fields_ = [
+        ("identity", ctypes.c_uint32),
+        ("node", ctypes.c_uint16),
+        ("flags", ctypes.c_uint16),
+    ]
+
+
+class Node(ctypes.Structure):
+    """`struct mw_node`, the value of `nodes`."""
+
+    _fields_ = [("wg_ifindex", ctypes.c_uint32)]
+
+
+class Settings(ctypes.Structure):
+    """`struct mw_settings`, the one value of `settings`."""
+
+    _fields_ = [
+        ("flags", ctypes.c_uint32),
+        ("local_node", ctypes.c_uint16),
+        ("tunnel_mtu", ctypes.c_uint16),
+    ]
+
+
+class Counter(ctypes.Structure):
+    """`struct mw_counter`, the value of `metrics`, one per CPU."""
+
+    _fields_ = [("packets", ctypes.c_uint64), ("bytes", ctypes.c_uint64)]

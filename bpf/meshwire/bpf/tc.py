@@ -1,0 +1,145 @@
+"""Attaches programs to devices as clsact filters, through pyroute2. Only filters whose name starts with
+`mw_` are ours; everything else on a device belongs to somebody else and stays.
+
+A clsact without filters changes no packet, but the kernel doesn't say who made it: another agent may be
+about to add its filter. So `detach` leaves it."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pyroute2 import IPRoute, NetlinkError
+
+from meshwire.bpf.layouts import Direction
+from meshwire.bpf.loader import Program
+
+NAME_PREFIX: Final = "mw_"
+PRIORITY: Final = 1
+HANDLE: Final = 0x4D57
+
+# linux/pkt_sched.h: TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS and TC_H_MIN_EGRESS)
+_PARENTS: Final = {Direction.INGRESS: 0xFFFFFFF2, Direction.EGRESS: 0xFFFFFFF3}
+# linux/if_ether.h
+_ETH_P_ALL: Final = 0x0003
+# linux/pkt_cls.h; pyroute2 decodes attributes up to TCA_BPF_FLAGS.
+_TCA_BPF_ID: Final = 11
+
+
+class Conflict(Exception):
+    """Something of somebody else's on the device (an `ingress` qdisc, a filter of another kind at priority
+    1) leaves no place for our filter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """One of our filters. `program_id` 0: the kernel didn't say. `first`: nobody's filter runs before it."""
+
+    ifindex: int
+    direction: Direction
+    name: str
+    program_id: int
+    priority: int
+    handle: int
+    first: bool = True
+
+
+def find_filters(ipr: IPRoute, ifindex: int) -> list[Filter]:
+    """Our filters of a device, in the order in which they run; none where the device is gone. Raises
+    NetlinkError."""
+    return [found for direction in Direction for found in _find(ipr, ifindex, direction) if _is_ours(found)]
+
+
+def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -> None:
+    """Makes `program` the first filter of the device and our only one in that direction. A filter of ours
+    that comes first already is replaced in one step; one that others have got in front of keeps working
+    until the new one is in place. Raises Conflict, and NetlinkError, e.g. with ENODEV."""
+    try:
+        ipr.tc("add", "clsact", ifindex)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise
+    filters = list(_find(ipr, ifindex, direction))
+    ours = [each for each in filters if _is_ours(each)]
+    handle = next(
+        (each.handle for each in ours if each.first and each.priority == PRIORITY),
+        # Filters of one priority run newest first, so coming first again takes a new filter: a handle of its
+        # own.
+        min(set(range(HANDLE, HANDLE + len(filters) + 1)) - {each.handle for each in filters}),
+    )
+    try:
+        ipr.tc(
+            "replace-filter",
+            "bpf",
+            ifindex,
+            handle,
+            parent=_PARENTS[direction],
+            prio=PRIORITY,
+            protocol=_ETH_P_ALL,
+            fd=program.fd,
+            name=program.name,
+            direct_action=True,
+        )
+    except NetlinkError as error:
+        if error.code in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise Conflict(
+                f"device {ifindex} takes no {direction.name.lower()} filter at priority {PRIORITY}: "
+                "`tc qdisc` and `tc filter` show what is in the way"
+            ) from error
+        raise
+    for stale in ours:
+        if (stale.priority, stale.handle) != (PRIORITY, handle):
+            detach(ipr, stale)
+
+
+def detach(ipr: IPRoute, filter: Filter) -> None:
+    """Removes one filter, and nothing else; one that is gone already is no error. Raises NetlinkError."""
+    try:
+        ipr.tc(
+            "del-filter",
+            "bpf",
+            filter.ifindex,
+            filter.handle,
+            parent=_PARENTS[filter.direction],
+            prio=filter.priority,
+            protocol=_ETH_P_ALL,
+        )
+    except NetlinkError as error:
+        # EINVAL: the device has no clsact any more.
+        if error.code not in (errno.ENOENT, errno.ENODEV, errno.EINVAL):
+            raise
+
+
+def _is_ours(found: Filter) -> bool:
+    return found.name.startswith(NAME_PREFIX)
+
+
+def _find(ipr: IPRoute, ifindex: int, direction: Direction) -> Iterator[Filter]:
+    """Everybody's filters; ones that aren't programs have no name."""
+    first = True
+    for message in ipr.get_filters(index=ifindex, parent=_PARENTS[direction]):
+        # The kernel also reports each priority by itself, without a filter.
+        if not message["handle"]:
+            continue
+        options = message.get_attr("TCA_OPTIONS") if message.get_attr("TCA_KIND") == "bpf" else None
+        yield Filter(
+            ifindex,
+            direction,
+            (options.get_attr("TCA_BPF_NAME") if options else None) or "",
+            _program_id(options) if options else 0,
+            message["info"] >> 16,
+            message["handle"],
+            first,
+        )
+        first = False
+
+
+def _program_id(options: Any) -> int:
+    for slot in options["attrs"]:
+        if slot[0] == "UNKNOWN" and slot[1]["header"]["type"] == _TCA_BPF_ID:
+            value: int = struct.unpack_from("=I", slot[1].data, slot[1].offset + 4)[0]
+            return value
+    return 0
