@@ -1,0 +1,205 @@
+"""`meshwire status`: whether traffic between nodes is encrypted, and if not, why."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from meshwire.api import conditions, names
+from meshwire.api.fields import InvalidSpec
+from meshwire.api.meshconfig import MeshConfig
+from meshwire.api.meshnode import MeshNode
+from meshwire.api.meshstatus import MeshStatus
+from meshwire.cli import cluster
+from meshwire.cli.cluster import API, ClusterUnavailable
+from meshwire.cli.diagnosis import Snapshot, age, as_json, diagnose, is_ready, key_age
+from meshwire.cli.findings import print_findings
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+REFRESH_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 0.5
+
+
+def read_snapshot(reader: cluster.Reader) -> Snapshot:
+    """Raises ClusterUnavailable, also where Meshwire is not installed or speaks another version."""
+    try:
+        meshnodes = reader.items(f"{API}/{names.MESHNODES}")
+    except cluster.NotFound:
+        raise ClusterUnavailable(
+            f"Meshwire isn't installed in this cluster: {reader.server} knows no {names.GROUP}"
+        ) from None
+    config = reader.find(f"{API}/{names.MESHCONFIGS}/{names.CONFIG_NAME}")
+    status = reader.find(f"{API}/{names.MESHSTATUSES}/{names.STATUS_NAME}")
+    try:
+        return Snapshot(
+            config=None if config is None else MeshConfig.from_object(config),
+            status=None if status is None else MeshStatus.from_object(status),
+            meshnodes=[MeshNode.from_object(meshnode) for meshnode in meshnodes],
+            alive=_read_alive(reader),
+        )
+    except InvalidSpec as error:
+        raise ClusterUnavailable(
+            f"the cluster holds an object this client does not understand ({error}); is the client too old?"
+        ) from None
+
+
+def _read_alive(reader: cluster.Reader) -> dict[str, bool] | None:
+    try:
+        nodes = reader.items("/api/v1/nodes")
+    except cluster.Forbidden:
+        return None
+    return {
+        node["metadata"]["name"]: conditions.is_true(
+            conditions.parse(node.get("status", {})), conditions.READY, generation=0
+        )
+        for node in nodes
+    }
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("-w", "--watch", is_flag=True, help="Show it again every 2 seconds until interrupted.")
+@click.option("--wait", is_flag=True, help="First wait until the cluster is as the MeshConfig asks.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0), default=120, show_default=True, help="Seconds of --wait."
+)
+@cluster.options
+def status(
+    output: str, watch: bool, wait: bool, timeout: float, kubeconfig: str | None, context: str | None
+) -> None:
+    """Show whether traffic between nodes is encrypted, node by node, and explain what is wrong.
+
+    Exit code: 0 where the cluster is in the state the MeshConfig asks for, 1 where it is not (yet),
+    2 where the cluster can't be asked or Meshwire isn't installed in it.
+    """
+    if watch and (wait or output == "json"):
+        raise click.UsageError("--watch is for people at a terminal: not with --wait or -o json")
+    try:
+        reader = cluster.Reader(cluster.Choice(kubeconfig, context))
+        if watch:
+            _watch(reader)
+        snapshot = _wait(reader, timeout) if wait else read_snapshot(reader)
+    except ClusterUnavailable as error:
+        click.echo(f"meshwire: {error}", err=True)
+        raise SystemExit(2) from None
+    if output == "json":
+        click.echo(json.dumps(as_json(snapshot, datetime.now(UTC)), indent=2))
+    else:
+        from rich.console import Console
+
+        print_status(Console(), snapshot)
+    raise SystemExit(0 if is_ready(snapshot) else 1)
+
+
+def _wait(reader: cluster.Reader, timeout: float) -> Snapshot:
+    """The first snapshot that is ready, or the last one before `timeout` seconds are over."""
+    deadline = time.monotonic() + timeout
+    while not is_ready(snapshot := read_snapshot(reader)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return snapshot
+
+
+def _watch(reader: cluster.Reader) -> None:
+    """Ends with the user's interrupt, or ClusterUnavailable."""
+    from rich.console import Console
+
+    console = Console()
+    while True:
+        snapshot = read_snapshot(reader)
+        console.clear()
+        print_status(console, snapshot)
+        time.sleep(REFRESH_SECONDS)
+
+
+def print_status(console: Console, snapshot: Snapshot) -> None:
+    """The mesh, its nodes, and what is wrong."""
+    console.print(_mesh_table(snapshot))
+    if snapshot.meshnodes:
+        console.print()
+        console.print(_node_table(snapshot))
+    if findings := diagnose(snapshot):
+        console.print()
+        print_findings(console, findings)
+
+
+def _mesh_table(snapshot: Snapshot) -> RenderableType:
+    from rich.table import Table
+    from rich.text import Text
+
+    status = snapshot.status or MeshStatus()
+    age_of_keys = age(key_age(status, datetime.now(UTC)))
+    style = "bold green" if status.encryption == "WireGuard" else "bold yellow"
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("Encryption", Text(status.encryption, style=style))
+    table.add_row("Phase", status.phase)
+    table.add_row("Epoch", f"{status.epoch}, keys {age_of_keys} old" if status.epoch else "none yet")
+    table.add_row("Nodes", f"{status.nodes_ready} of {status.nodes} ready")
+    table.add_row("Leaked", _count(status.leaked, "bold red"))
+    table.add_row("Ready", _yes_no(is_ready(snapshot)))
+    for condition in status.conditions:
+        state = {True: "True", False: "False", None: "Unknown"}[condition.status]
+        words = f"{state}, {condition.reason}" + (f": {condition.message}" if condition.message else "")
+        table.add_row(Text(f"  {condition.type}"), Text(words))
+    return table
+
+
+def _node_table(snapshot: Snapshot) -> RenderableType:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Node")
+    table.add_column("WireGuard")
+    table.add_column("Peers", justify="right")
+    table.add_column("Fresh", justify="right")
+    table.add_column("Phase")
+    table.add_column("Epoch", justify="right")
+    table.add_column("Strict")
+    table.add_column("Leaked", justify="right")
+    table.add_column("Dropped", justify="right")
+    table.add_column("Ready")
+    table.add_column("Reason", overflow="fold")
+    for node in snapshot.meshnodes:
+        reported = node.status
+        ready = conditions.find(reported.conditions, conditions.READY)
+        table.add_row(
+            Text(node.name),
+            reported.implementation,
+            str(reported.peers),
+            Text(str(reported.handshakes), style="yellow" if reported.handshakes < reported.peers else ""),
+            node.spec.phase,
+            epochs(node),
+            "yes" if reported.strict else "no",
+            _count(reported.leaked, "bold red"),
+            _count(reported.dropped, "yellow"),
+            _yes_no(node.ready),
+            Text((ready.reason if ready else "NeverReported") if snapshot.is_live(node) else "NodeNotReady"),
+        )
+    return table
+
+
+def epochs(node: MeshNode) -> str:
+    """`2`, or `1>2` while the node is prepared for an epoch that it does not send by yet."""
+    prepared, active = node.status.prepared_epoch, node.status.active_epoch
+    return str(active) if prepared == active else f"{active}>{prepared}"
+
+
+def _count(value: int, style: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text(str(value), style=style if value else "")
+
+
+def _yes_no(value: bool) -> RenderableType:
+    from rich.text import Text
+
+    return Text("yes", style="green") if value else Text("no", style="bold red")
