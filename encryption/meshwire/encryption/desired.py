@@ -1,0 +1,352 @@
+"""What this node should be, from the API's objects and what is found on the node. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
+from typing import Final, TypeVar
+
+from meshwire.api import names
+from meshwire.api.fields import Address, Network
+from meshwire.api.meshconfig import MeshConfig, Mode
+from meshwire.api.meshnode import Implementation, Phase, Spec
+from meshwire.encryption.discovery import find_paths
+from meshwire.encryption.model import (
+    AddressEntry,
+    AddressFlags,
+    Attachment,
+    ClusterNode,
+    Desired,
+    Device,
+    Direction,
+    Endpoint,
+    HeldKey,
+    Link,
+    Member,
+    Peer,
+    Problem,
+    Redirect,
+    Route,
+    Settings,
+    SettingsFlags,
+    sorted_networks,
+)
+
+T = TypeVar("T")
+
+TUNNEL_OVERHEAD: Final = 80
+"""Bytes WireGuard adds to a packet over IPv6; 60 over IPv4, but one figure fits both families."""
+MIN_MTU: Final = 1280
+"""IPv6's smallest: a tunnel narrower than that would lose the family."""
+
+_FLAGS: Final = {
+    Phase.ENABLING: SettingsFlags.PASS_OVERSIZED,
+    Phase.ENFORCING: SettingsFlags.ENFORCING,
+    Phase.DISABLING: SettingsFlags.PASS_OVERSIZED,
+    Phase.DRAINING: SettingsFlags.PASS_OVERSIZED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """All that `desired` depends on. `members` and `nodes` are by name; `held` is this node's keys by
+    epoch."""
+
+    node: str
+    members: Mapping[str, Member]
+    nodes: Mapping[str, ClusterNode]
+    config: MeshConfig
+    held: Mapping[int, HeldKey] = field(default_factory=dict)
+    links: Mapping[str, Link] = field(default_factory=dict)
+    routes: tuple[Route, ...] = ()
+    implementation: Implementation = Implementation.KERNEL
+
+
+def missing_devices(config: MeshConfig, links: Mapping[str, Link]) -> tuple[str, ...]:
+    """Devices that a MeshConfig names and this node doesn't have."""
+    return tuple(name for name in (*config.network.uplinks, *config.network.overlays) if name not in links)
+
+
+def desired(inputs: Inputs) -> Desired | None:
+    """What the node should be; None where nobody has said yet: then nothing is touched."""
+    if (own := _own_order(inputs)) is None:
+        return None
+    phase, epoch = own.spec.phase, own.spec.epoch
+    if phase is Phase.OFF:
+        return Desired(phase=phase)
+
+    accepted, problems = _accept(inputs, own)
+    strict = phase is Phase.ENFORCING and inputs.config.encryption.mode is Mode.STRICT
+    devices: tuple[Device, ...] = ()
+    paths = find_paths(
+        inputs.links,
+        inputs.routes,
+        own_addresses=own.spec.addresses,
+        remote=[
+            network for name, shares in accepted.items() if name != own.name for network in shares.networks()
+        ],
+    )
+    uplinks = inputs.config.network.uplinks or paths.uplinks
+    overlays = inputs.config.network.overlays or paths.overlays
+    mtu = tunnel_mtu(inputs.config, [inputs.links[name] for name in uplinks if name in inputs.links])
+    if not uplinks:
+        problems.append(Problem("UplinkNotFound", "no device holds the node's address or a default route"))
+
+    if inputs.implementation is Implementation.NONE:
+        problems.append(
+            Problem(
+                "WireGuardUnavailable",
+                "the kernel has no WireGuard and no userspace implementation may be used or is there",
+            )
+        )
+        if not strict:
+            # Nothing can be encrypted and nothing must be dropped: leave the node as it is.
+            return Desired(phase=Phase.OFF, epoch=epoch, problems=tuple(problems))
+    else:
+        devices = tuple(
+            _device(inputs, own, accepted, key, mtu)
+            for key in sorted(inputs.held.values(), key=lambda key: key.epoch)
+            if own.spec.public_key(key.epoch) == key.public_key and accepted[own.name].has_key(key.epoch)
+        )
+        if epoch and not any(device.epoch == epoch for device in devices):
+            problems.append(_missing_key(own, accepted, epoch))
+
+    return Desired(
+        phase=phase,
+        epoch=epoch,
+        settings=Settings(
+            _FLAGS[phase] | (SettingsFlags.STRICT if strict else SettingsFlags.NONE), own.spec.id, mtu
+        ),
+        devices=devices,
+        addresses=_addresses(inputs, own, accepted),
+        redirects=_redirects(devices, accepted, own, phase, epoch),
+        attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
+        live_ids=frozenset(
+            shares.member.spec.id
+            for name, shares in accepted.items()
+            if name != own.name and name in inputs.nodes and inputs.nodes[name].ready
+        ),
+        problems=tuple(problems),
+    )
+
+
+def tunnel_mtu(config: MeshConfig, uplinks: Iterable[Link]) -> int:
+    """Of the WireGuard devices, in bytes: what the config says, or what fits the narrowest uplink."""
+    if config.network.mtu:
+        return config.network.mtu
+    return max(min((link.mtu for link in uplinks), default=1500) - TUNNEL_OVERHEAD, MIN_MTU)
+
+
+def _own_order(inputs: Inputs) -> Member | None:
+    """This node's MeshNode. Before the operator has made it, a cluster that enforces is joined enforcing:
+    with a number of the node's own choice (numbers are read on the node alone), no keys, so everything is
+    guarded."""
+    own = inputs.members.get(inputs.node)
+    node = inputs.nodes.get(inputs.node)
+    if own is not None and own.spec.id:
+        if node is None:
+            return own
+        spec = own.spec
+        addresses = _union(spec.addresses, node.addresses)
+        return replace(
+            own, spec=replace(spec, addresses=addresses, pod_cidrs=_union(spec.pod_cidrs, node.pod_cidrs))
+        )
+    enforcing = [member for member in inputs.members.values() if member.spec.phase is Phase.ENFORCING]
+    if node is None or not enforcing:
+        return None
+    taken = {member.spec.id for member in inputs.members.values()}
+    leader = max(enforcing, key=lambda member: (member.spec.epoch, member.name))
+    return Member(
+        name=inputs.node,
+        spec=Spec(
+            id=next(number for number in range(names.MAX_NODE_ID, 0, -1) if number not in taken),
+            addresses=node.addresses,
+            pod_cidrs=node.pod_cidrs,
+            cluster_cidrs=leader.spec.cluster_cidrs,
+            phase=Phase.ENFORCING,
+            epoch=leader.spec.epoch,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """What of a member's spec is its own: nothing that an older member has already."""
+
+    member: Member
+    addresses: tuple[Address, ...]
+    pod_cidrs: tuple[Network, ...]
+    keys: Mapping[int, str]
+
+    def networks(self) -> tuple[Network, ...]:
+        return (*self.pod_cidrs, *(ip_network(address) for address in self.addresses))
+
+    def has_key(self, epoch: int) -> bool:
+        return epoch in self.keys
+
+
+def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Problem]]:
+    """Every member's share, by name. Keys and addresses belong to the oldest member that claims them: a node
+    that publishes another's key, or its addresses, must not get its traffic."""
+    members = {name: member for name, member in inputs.members.items() if member.spec.id}
+    members[own.name] = own
+    by_age = sorted(members.values(), key=lambda member: (member.created or "~", member.name))
+    contested = _overlapping(by_age)
+    problems: list[Problem] = []
+    key_owner: dict[str, str] = {}
+    id_owner: dict[int, str] = {}
+    claimed: list[tuple[Network, str]] = []
+    accepted: dict[str, _Shares] = {}
+
+    def free(network: Network, name: str) -> bool:
+        if network not in contested:
+            return True
+        for other, owner in claimed:
+            if owner != name and other.version == network.version and other.overlaps(network):
+                problems.append(
+                    Problem(
+                        "DuplicateAddress",
+                        f"{network} of node {name} overlaps {other} of node {owner}, which is older and keeps it",
+                        blocking=False,
+                    )
+                )
+                return False
+        claimed.append((network, name))
+        return True
+
+    for member in by_age:
+        name, spec = member.name, member.spec
+        if (owner := id_owner.setdefault(spec.id, name)) != name:
+            problems.append(Problem("DuplicateID", f"nodes {owner} and {name} both have number {spec.id}"))
+            continue
+        keys = {}
+        for key in spec.keys:
+            if (owner := key_owner.setdefault(key.public_key, name)) != name:
+                problems.append(
+                    Problem(
+                        "DuplicateKey",
+                        f"node {name} publishes the key of node {owner}, which is older and keeps it",
+                        blocking=own.name == name,
+                    )
+                )
+                continue
+            keys[key.epoch] = key.public_key
+        accepted[name] = _Shares(
+            member,
+            tuple(address for address in spec.addresses if free(ip_network(address), name)),
+            tuple(network for network in spec.pod_cidrs if free(network, name)),
+            keys,
+        )
+    return accepted, problems
+
+
+def _overlapping(members: Iterable[Member]) -> frozenset[Network]:
+    """Networks that overlap one of another member: none, as a rule, so this is one sorted sweep."""
+    spans = sorted(
+        (
+            network.version,
+            int(network.network_address),
+            -int(network.broadcast_address),
+            member.name,
+            network,
+        )
+        for member in members
+        for network in (*member.spec.pod_cidrs, *(ip_network(address) for address in member.spec.addresses))
+    )
+    found: set[Network] = set()
+    # CIDR blocks nest or are disjoint, so the blocks around the current one form a stack.
+    around: list[tuple[int, int, str, Network]] = []
+    for version, first, negative_last, name, network in spans:
+        while around and (around[-1][0] != version or around[-1][1] < first):
+            around.pop()
+        for _, _, other_name, other in around:
+            if other_name != name:
+                found |= {network, other}
+        around.append((version, -negative_last, name, network))
+    return frozenset(found)
+
+
+def _missing_key(own: Member, accepted: Mapping[str, _Shares], epoch: int) -> Problem:
+    published = own.spec.public_key(epoch)
+    if published and not accepted[own.name].has_key(epoch):
+        return Problem("DuplicateKey", f"this node's key of epoch {epoch} belongs to an older node")
+    if published:
+        return Problem("WaitingForKey", f"the key of epoch {epoch} is published but not opened here yet")
+    return Problem("WaitingForKey", f"the operator has not published this node's key of epoch {epoch} yet")
+
+
+def _device(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], key: HeldKey, mtu: int) -> Device:
+    encryption = inputs.config.encryption
+    port = names.listen_port(encryption.port, key.epoch)
+    return Device(
+        name=names.device_name(key.epoch),
+        epoch=key.epoch,
+        key=key,
+        port=port,
+        mtu=mtu,
+        peers=tuple(
+            Peer(
+                node=name,
+                public_key=shares.keys[key.epoch],
+                endpoint=_endpoint(own.spec.addresses, shares.addresses, port),
+                allowed_ips=frozenset(shares.networks()),
+                keepalive=encryption.keepalive,
+            )
+            for name, shares in sorted(accepted.items())
+            if name != own.name and shares.has_key(key.epoch)
+        ),
+    )
+
+
+def _endpoint(own: Iterable[Address], other: Iterable[Address], port: int) -> Endpoint | None:
+    """The other node's first address of a family that this node has too; IPv4 first: less overhead."""
+    families = {address.version for address in own}
+    usable = [address for address in other if address.version in families]
+    return Endpoint(min(usable, key=lambda address: address.version), port) if usable else None
+
+
+def _addresses(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares]) -> dict[Network, AddressEntry]:
+    entries: dict[Network, AddressEntry] = {}
+    unknown = AddressEntry(0, AddressFlags.CLUSTER)
+    for cluster_cidr in (*inputs.config.network.cluster_cidrs, *own.spec.cluster_cidrs):
+        entries[cluster_cidr] = unknown
+    # Pod CIDRs that no MeshNode has yet are nobody's: never in clear.
+    for node in inputs.nodes.values():
+        entries |= dict.fromkeys(node.pod_cidrs, unknown)
+    for shares in accepted.values():
+        number = shares.member.spec.id
+        entries |= dict.fromkeys(shares.pod_cidrs, AddressEntry(number, AddressFlags.POD))
+        host = AddressEntry(number, AddressFlags.HOST)
+        entries |= dict.fromkeys((ip_network(address) for address in shares.addresses), host)
+    return {network: entries[network] for network in sorted_networks(entries)}
+
+
+def _redirects(
+    devices: tuple[Device, ...], accepted: Mapping[str, _Shares], own: Member, phase: Phase, epoch: int
+) -> dict[int, Redirect]:
+    device = next((device for device in devices if device.epoch == epoch), None)
+    if device is None or phase is Phase.DRAINING:
+        return {}
+    return {
+        accepted[peer.node].member.spec.id: Redirect(
+            device.name, peer.public_key, when_proven=phase is not Phase.ENFORCING
+        )
+        for peer in device.peers
+    }
+
+
+def _attachments(
+    links: Mapping[str, Link], paths: Iterable[str], devices: tuple[Device, ...]
+) -> Iterable[Attachment]:
+    for name in paths:
+        if link := links.get(name):
+            layer = "" if link.ethernet else "_l3"
+            yield Attachment(name, Direction.EGRESS, f"mw_to_netdev{layer}")
+            yield Attachment(name, Direction.INGRESS, f"mw_from_netdev{layer}")
+    for device in devices:
+        yield Attachment(device.name, Direction.INGRESS, "mw_from_wireguard")
+
+
+def _union(first: tuple[T, ...], second: tuple[T, ...]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys((*first, *second)))

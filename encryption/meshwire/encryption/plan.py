@@ -1,0 +1,431 @@
+"""The difference between what a node should be and what it is, as an ordered list of actions. Pure.
+
+An action names what to do, holds everything needed to do it, and prints without its secrets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Final
+
+from meshwire.api.fields import Network
+from meshwire.encryption.model import (
+    DEVICE_ADDRESS,
+    DEVICES,
+    HANDSHAKE_LIFETIME,
+    AddressEntry,
+    AddressFlags,
+    Attachment,
+    Desired,
+    Device,
+    DeviceState,
+    Endpoint,
+    Observed,
+    Peer,
+    PeerState,
+    SecretKey,
+    Settings,
+    SettingsFlags,
+    sorted_networks,
+)
+
+FIRST_KEEPALIVE: Final = 1
+"""Seconds. Where keepalives are off, this one starts the first handshake, and is taken back when it is
+done."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDatapath:
+    """Loads the programs and pins the maps; attaches nothing."""
+
+    def __str__(self) -> str:
+        return "load programs and maps"
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadDatapath:
+    """Removes the pins; the kernel frees what no filter holds."""
+
+    def __str__(self) -> str:
+        return "unpin maps"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAddresses:
+    entries: tuple[tuple[Network, AddressEntry], ...]
+
+    def __str__(self) -> str:
+        return f"write {_some(network for network, _ in self.entries)} to ipcache"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteAddresses:
+    networks: tuple[Network, ...]
+
+    def __str__(self) -> str:
+        return f"delete {_some(self.networks)} from ipcache"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteNodes:
+    """(node number, name of the device to reach it by or empty). The device's index is looked up when it is
+    applied: an earlier action may have made the device."""
+
+    entries: tuple[tuple[int, str], ...]
+
+    def __str__(self) -> str:
+        by_device: dict[str, list[int]] = {}
+        for number, device in self.entries:
+            by_device.setdefault(device, []).append(number)
+        return "; ".join(
+            f"send to nodes {_some(numbers)} by {device}"
+            if device
+            else f"send to nodes {_some(numbers)} by no tunnel"
+            for device, numbers in sorted(by_device.items())
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSettings:
+    settings: Settings
+
+    def __str__(self) -> str:
+        flags = self.settings.flags
+        text = ", ".join(flag.name or "" for flag in flags) or "none"
+        return f"set flags {text}, node {self.settings.local_node}, tunnel MTU {self.settings.tunnel_mtu}"
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Makes the program the hook's first filter; one of ours that is there already is replaced in one
+    step."""
+
+    attachment: Attachment
+
+    def __str__(self) -> str:
+        return f"attach {self.attachment.program} to {self.attachment.device} {self.attachment.direction}"
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    attachment: Attachment
+
+    def __str__(self) -> str:
+        return f"detach our program from {self.attachment.device} {self.attachment.direction}"
+
+
+@dataclass(frozen=True, slots=True)
+class CreateDevice:
+    name: str
+
+    def __str__(self) -> str:
+        return f"create {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteDevice:
+    name: str
+
+    def __str__(self) -> str:
+        return f"delete {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetLink:
+    """Up, with this MTU and DEVICE_ADDRESS."""
+
+    name: str
+    mtu: int
+    add_address: bool
+
+    def __str__(self) -> str:
+        return f"set {self.name} up, MTU {self.mtu}" + (
+            f", address {DEVICE_ADDRESS}" if self.add_address else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSysctls:
+    """Paths relative to /proc/sys."""
+
+    values: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return "set " + ", ".join(f"{path}={value}" for path, value in self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerChange:
+    """What differs of one peer, and its keepalive, which both WireGuard interfaces leave as it is unless
+    told. Networks in `gain` leave the peer that had them in the same step."""
+
+    public_key: str
+    node: str = ""
+    remove: bool = False
+    endpoint: Endpoint | None = None
+    keepalive: int = 0
+    gain: tuple[Network, ...] = ()
+
+    def __str__(self) -> str:
+        if self.remove:
+            return f"-{self.public_key[:8]}…"
+        parts = [f"{self.node or '?'} {self.public_key[:8]}… keepalive {self.keepalive}"]
+        parts += [f"at {self.endpoint}"] if self.endpoint else []
+        parts += [f"+{network}" for network in self.gain]
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigureDevice:
+    """None leaves the key or port as it is. `fresh`: the device's old peers belong to another key and go.
+    `release` are networks that no peer is to have any more, taken without touching the rest of their
+    peers."""
+
+    name: str
+    private_key: SecretKey | None = None
+    port: int | None = None
+    fresh: bool = False
+    peers: tuple[PeerChange, ...] = ()
+    release: tuple[Network, ...] = ()
+
+    def __str__(self) -> str:
+        parts = (["set the key"] if self.private_key else []) + ([f"port {self.port}"] if self.port else [])
+        parts += ["drop old peers"] if self.fresh else []
+        parts += [f"peers {_some(self.peers, limit=3)}"] if self.peers else []
+        parts += [f"release {_some(self.release)}"] if self.release else []
+        return f"configure {self.name}: {'; '.join(parts)}"
+
+
+Action = (
+    LoadDatapath
+    | UnloadDatapath
+    | WriteAddresses
+    | DeleteAddresses
+    | WriteNodes
+    | WriteSettings
+    | Attach
+    | Detach
+    | CreateDevice
+    | DeleteDevice
+    | SetLink
+    | WriteSysctls
+    | ConfigureDevice
+)
+
+Plan = tuple[Action, ...]
+
+
+def plan(desired: Desired, observed: Observed) -> Plan:
+    """Actions that make `observed` what is `desired`, in an order in which nothing leaks and nothing is lost
+    on the way; empty where nothing differs. Stopping after any action and planning again is safe."""
+    return tuple(_turn_off(observed) if desired.settings is None else _turn_on(desired, observed))
+
+
+def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
+    # The order, and why:
+    #  1. Programs and maps are loaded; nothing is attached yet, so a refused program changes nothing.
+    #  2. Addresses are added and changed: a guard that doesn't know an address can't hold it back.
+    #  3. Settings become only milder here, or are written for the first time. Milder before capacity goes: a
+    #     strict node without a tunnel drops. First time before anything is attached: no packet sees zeroes.
+    #  4. Nodes whose device is in place already get it; nodes that have none any more lose it.
+    #  5. Uplinks and overlays get their programs, before there is a device: a new node is guarded first.
+    #  6. Each device: made, told its key, port and peers, given sysctls and from_wireguard, and only then
+    #     put up.
+    #  7. Nodes whose device was not in place before get it: up and configured, it queues until the handshake
+    #     is done.
+    #  8. Settings become stricter: every way that exists is in use by now.
+    #  9. What is too much goes: addresses, programs on devices that carry no pod traffic, devices.
+    assert desired.settings is not None
+    datapath = observed.datapath
+    if datapath is None:
+        yield LoadDatapath()
+    old_addresses = datapath.addresses if datapath else {}
+    old_settings = datapath.settings if datapath else None
+    old_nodes = datapath.nodes if datapath else {}
+
+    # Single nodes before whole clusters: a cluster CIDR covers them all and would drop what is on its way to
+    # a node that is written a moment later.
+    changed = [
+        (network, entry)
+        for network, entry in desired.addresses.items()
+        if old_addresses.get(network) != entry
+    ]
+    changed.sort(key=lambda item: AddressFlags.CLUSTER in item[1].flags)
+    if changed:
+        yield WriteAddresses(tuple(changed))
+
+    milder = _milder(old_settings, desired.settings)
+    if milder != old_settings:
+        yield WriteSettings(milder)
+
+    now, later = _node_writes(desired, observed, old_nodes)
+    if now:
+        yield WriteNodes(now)
+
+    wanted = desired.attachments - observed.attachments
+    yield from (Attach(attachment) for attachment in sorted(wanted) if attachment.device not in DEVICES)
+    for device in desired.devices:
+        yield from _device_actions(device, observed, sorted(a for a in wanted if a.device == device.name))
+    if later:
+        yield WriteNodes(later)
+    if milder != desired.settings:
+        yield WriteSettings(desired.settings)
+
+    if gone := sorted_networks(set(old_addresses) - set(desired.addresses)):
+        yield DeleteAddresses(tuple(gone))
+    yield from (Detach(attachment) for attachment in _superfluous(desired, observed))
+    names = {device.name for device in desired.devices}
+    yield from (DeleteDevice(name) for name in DEVICES if name in observed.links and name not in names)
+
+
+def _turn_off(observed: Observed) -> Iterator[Action]:
+    # Guards go first, then what they send to: the other way round, redirects would have nowhere to go.
+    yield from (Detach(attachment) for attachment in sorted(observed.attachments))
+    yield from (DeleteDevice(name) for name in DEVICES if name in observed.links)
+    if observed.pinned:
+        yield UnloadDatapath()
+
+
+def _milder(old: Settings | None, new: Settings) -> Settings:
+    """The settings to go through: no stricter than the old ones, no narrower than the new."""
+    if old is None or not old.local_node:
+        return new
+    hard = SettingsFlags.STRICT | SettingsFlags.ENFORCING
+    flags = (new.flags & ~hard) | (old.flags & new.flags & hard) | (old.flags & SettingsFlags.PASS_OVERSIZED)
+    mtu = min((mtu for mtu in (old.tunnel_mtu, new.tunnel_mtu) if mtu), default=0)
+    return replace(new, flags=flags, tunnel_mtu=mtu)
+
+
+def _node_writes(
+    desired: Desired, observed: Observed, old: Mapping[int, int]
+) -> tuple[tuple[tuple[int, str], ...], tuple[tuple[int, str], ...]]:
+    """Entries to write before and after the devices are worked on."""
+    now: list[tuple[int, str]] = []
+    later: list[tuple[int, str]] = []
+    ours = {observed.links[name].index for name in DEVICES if name in observed.links}
+    in_place = {device.name: _in_place(device, observed) for device in desired.devices}
+    for number, redirect in sorted(desired.redirects.items()):
+        current = old.get(number, 0)
+        link = observed.links.get(redirect.device)
+        if current and link and current == link.index:
+            continue
+        state = observed.wireguard.get(redirect.device)
+        peer = state.peers.get(redirect.public_key) if state else None
+        # An entry that leads to none of our devices led to one that somebody deleted: that node has moved
+        # for good.
+        if redirect.when_proven and (not current or current in ours) and not (peer and peer.handshake):
+            continue
+        (now if in_place[redirect.device] and peer else later).append((number, redirect.device))
+    now += [(number, "") for number in sorted(old) if number not in desired.redirects]
+    return tuple(now), tuple(later)
+
+
+def _in_place(device: Device, observed: Observed) -> bool:
+    link, state = observed.links.get(device.name), observed.wireguard.get(device.name)
+    return bool(link and link.up and state and state.public_key == device.key.public_key)
+
+
+def _device_actions(device: Device, observed: Observed, attachments: list[Attachment]) -> Iterator[Action]:
+    link = observed.links.get(device.name)
+    if link is None:
+        yield CreateDevice(device.name)
+    if configuration := _configuration(device, observed):
+        yield configuration
+    # A device that isn't there yet has no sysctls to read: write them all.
+    known = observed.sysctls if link else dict.fromkeys((path for path, _ in device.sysctls), "")
+    sysctls = tuple((path, value) for path, value in device.sysctls if known.get(path, value) != value)
+    if sysctls:
+        yield WriteSysctls(sysctls)
+    yield from (Attach(attachment) for attachment in attachments)
+    has_address = link is not None and DEVICE_ADDRESS in link.addresses
+    if link is None or not link.up or link.mtu != device.mtu or not has_address:
+        yield SetLink(device.name, device.mtu, add_address=not has_address)
+
+
+def _configuration(device: Device, observed: Observed) -> ConfigureDevice | None:
+    state = observed.wireguard.get(device.name, DeviceState(name=device.name))
+    new_key = state.public_key != device.key.public_key
+    # Whatever a device with another key has as peers are that key's.
+    present = {} if new_key else state.peers
+    wanted = {peer.public_key for peer in device.peers}
+    removed = tuple(
+        PeerChange(public_key=public_key, remove=True)
+        for public_key in sorted(present)
+        if public_key not in wanted
+    )
+    changes = tuple(
+        change for peer in device.peers if (change := _peer_change(device, peer, present, observed))
+    )
+    lost = {
+        network
+        for peer in device.peers
+        if peer.public_key in present
+        for network in present[peer.public_key].allowed_ips - peer.allowed_ips
+    }
+    gained = {network for change in changes for network in change.gain}
+    result = ConfigureDevice(
+        name=device.name,
+        private_key=device.key.private_key if new_key else None,
+        port=device.port if state.port != device.port else None,
+        fresh=new_key and bool(state.peers),
+        # Added peers take over what they share with removed ones, so those go last.
+        peers=(*changes, *removed),
+        release=tuple(sorted_networks(lost - gained)),
+    )
+    return result if result.private_key or result.port or result.peers or result.release else None
+
+
+def _peer_change(
+    device: Device, peer: Peer, present: Mapping[str, PeerState], observed: Observed
+) -> PeerChange | None:
+    state = present.get(peer.public_key)
+    keepalive = peer.keepalive or (0 if state and state.handshake else FIRST_KEEPALIVE)
+    if state is None:
+        return PeerChange(
+            public_key=peer.public_key,
+            node=peer.node,
+            endpoint=peer.endpoint,
+            keepalive=keepalive,
+            gain=tuple(sorted_networks(peer.allowed_ips)),
+        )
+    change = PeerChange(
+        public_key=peer.public_key,
+        node=peer.node,
+        endpoint=_new_endpoint(device, peer, state, observed),
+        keepalive=keepalive,
+        gain=tuple(sorted_networks(peer.allowed_ips - state.allowed_ips)),
+    )
+    same = not (change.endpoint or change.gain) and state.keepalive == keepalive
+    return None if same else change
+
+
+def _new_endpoint(device: Device, peer: Peer, state: PeerState, observed: Observed) -> Endpoint | None:
+    """None leaves the endpoint alone: a peer that answers from elsewhere has roamed, and WireGuard knows
+    better. It is set again where the API's changed since we last set it, or where the peer can't be reached
+    at the one it has."""
+    if peer.endpoint is None or peer.endpoint == state.endpoint:
+        return None
+    last_set = observed.endpoints.get((device.name, peer.public_key))
+    if last_set is not None and last_set != peer.endpoint:
+        return peer.endpoint
+    return peer.endpoint if observed.now - state.handshake > HANDSHAKE_LIFETIME else None
+
+
+def _superfluous(desired: Desired, observed: Observed) -> list[Attachment]:
+    """Our filters where nothing of ours belongs. While the drop is in force, a device keeps its guard even
+    if no route leads there at the moment: the route may come back before we could."""
+    hooks = {(attachment.device, attachment.direction) for attachment in desired.attachments}
+    deleted = set(DEVICES) - {device.name for device in desired.devices}
+    return sorted(
+        attachment
+        for attachment in observed.attachments
+        if (attachment.device, attachment.direction) not in hooks
+        and attachment.device not in deleted
+        and not desired.strict
+    )
+
+
+def _some(items: Iterable[object], limit: int = 8) -> str:
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
