@@ -193,7 +193,9 @@ class Client:
                     event = json.loads(line)
                     if event["type"] == "ERROR":
                         problem = event["object"]
-                        raise ApiError(problem.get("code", 0), problem.get("reason", ""), problem.get("message", ""))
+                        raise ApiError(
+                            problem.get("code", 0), problem.get("reason", ""), problem.get("message", "")
+                        )
                     yield event["type"], event["object"]
 
     def _headers(self, content_type: str) -> dict[str, str]:
