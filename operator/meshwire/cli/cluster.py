@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
@@ -48,7 +47,9 @@ class Choice:
         """Whether anything says that there is a cluster to ask; costs no import and no request."""
         if self.kubeconfig or self.context or os.environ.get("KUBECONFIG"):
             return True
-        return Path("~/.kube/config").expanduser().exists() or "KUBERNETES_SERVICE_HOST" in os.environ
+        return (
+            os.path.exists(os.path.expanduser("~/.kube/config")) or "KUBERNETES_SERVICE_HOST" in os.environ
+        )
 
 
 def options(command: Command) -> Command:
