@@ -1,0 +1,173 @@
+"""Links, addresses and routes through rtnetlink, sysctls through /proc/sys. No opinion on what they should
+be."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Any, Final
+
+from pyroute2 import IPRoute, NetlinkError
+
+from meshwire.api.fields import Address
+from meshwire.encryption.model import DEVICE_ADDRESS, DEVICES, Link, Route
+
+# linux/if_arp.h and linux/if.h
+_ARPHRD_ETHER: Final = 1
+_IFF_UP: Final = 1
+# linux/rtnetlink.h
+_RTN_UNICAST: Final = 1
+_RT_TABLE_LOCAL: Final = 255
+_RT_SCOPE_HOST: Final = 254
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+
+# RTMGRP_LINK, _TC, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE
+_GROUPS: Final = 0x1 | 0x8 | 0x10 | 0x40 | 0x100 | 0x400
+
+
+def open_monitor() -> socket.socket:
+    """A non-blocking socket that becomes readable when a link, address, route or TC filter changes. What
+    comes out matters to nobody: it only says when to look again, even if messages were lost."""
+    monitor = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    monitor.setblocking(False)
+    monitor.bind((0, _GROUPS))
+    return monitor
+
+
+def observe_links(ipr: IPRoute) -> dict[str, Link]:
+    """Every device with its addresses, by name. Raises NetlinkError."""
+    addresses: dict[int, set[Address]] = {}
+    for message in ipr.addr("dump"):
+        # A point-to-point address names its own end in IFA_LOCAL.
+        if text := message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"):
+            addresses.setdefault(message["index"], set()).add(ip_address(text))
+    links = (
+        Link(
+            index=message["index"],
+            name=message.get_attr("IFLA_IFNAME"),
+            kind=_kind(message),
+            up=bool(message["flags"] & _IFF_UP),
+            mtu=message.get_attr("IFLA_MTU") or 0,
+            ethernet=message["ifi_type"] == _ARPHRD_ETHER,
+            addresses=frozenset(addresses.get(message["index"], ())),
+        )
+        for message in ipr.link("dump")
+    )
+    return {link.name: link for link in links}
+
+
+def observe_routes(ipr: IPRoute) -> tuple[Route, ...]:
+    """Unicast routes of every table but `local`. Raises NetlinkError."""
+    return tuple(
+        route
+        for family in _FAMILIES
+        for message in ipr.route("dump", family=family)
+        for route in _route(message)
+    )
+
+
+def _route(message: Any) -> Iterator[Route]:
+    if message["type"] != _RTN_UNICAST or message.get_attr("RTA_TABLE", message["table"]) == _RT_TABLE_LOCAL:
+        return
+    # IPv6 lists multicast and cloned routes among the others.
+    if message["flags"] & 0x200:  # RTM_F_CLONED
+        return
+    length = message["dst_len"]
+    destination = message.get_attr("RTA_DST") or (
+        "::" if message["family"] == socket.AF_INET6 else "0.0.0.0"
+    )
+    interfaces = [message.get_attr("RTA_OIF")] + [
+        hop["oif"] for hop in message.get_attr("RTA_MULTIPATH") or ()
+    ]
+    if found := tuple(index for index in interfaces if index):
+        yield Route(ip_network(f"{destination}/{length}", strict=False), found)
+
+
+def _kind(message: Any) -> str:
+    information = message.get_attr("IFLA_LINKINFO")
+    return (information.get_attr("IFLA_INFO_KIND") if information else None) or ""
+
+
+def kernel_has_wireguard(ipr: IPRoute) -> bool:
+    """Whether the kernel makes WireGuard devices; asking loads the module where there is one. Raises
+    NetlinkError."""
+    probe = "meshwire_probe"
+    try:
+        ipr.link("add", ifname=probe, kind="wireguard")
+    except NetlinkError as error:
+        if error.code == errno.EOPNOTSUPP:
+            return False
+        if error.code != errno.EEXIST:
+            raise
+    delete_link(ipr, probe)
+    return True
+
+
+def create_wireguard(ipr: IPRoute, name: str) -> None:
+    """A kernel WireGuard device, down. Raises NetlinkError."""
+    _check_ours(name)
+    ipr.link("add", ifname=name, kind="wireguard")
+
+
+def delete_link(ipr: IPRoute, name: str) -> None:
+    """A device that is gone already is no error. Raises NetlinkError."""
+    if (index := find_index(ipr, name)) is None:
+        return
+    try:
+        ipr.link("del", index=index)
+    except NetlinkError as error:
+        if error.code != errno.ENODEV:
+            raise
+
+
+def find_index(ipr: IPRoute, name: str) -> int | None:
+    """None where there is no such device. Raises NetlinkError."""
+    try:
+        found = socket.if_nametoindex(name)
+    except OSError:
+        return None
+    return found
+
+
+def set_up(ipr: IPRoute, name: str, *, mtu: int, add_address: bool) -> None:
+    """Raises NetlinkError, ENODEV where the device is gone."""
+    _check_ours(name)
+    index = find_index(ipr, name)
+    if index is None:
+        raise NetlinkError(errno.ENODEV, f"no device {name}")
+    ipr.link("set", index=index, mtu=mtu)
+    if add_address:
+        try:
+            # Scope host: never the source of a packet that leaves the node.
+            ipr.addr("add", index=index, address=str(DEVICE_ADDRESS), prefixlen=32, scope=_RT_SCOPE_HOST)
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise
+    ipr.link("set", index=index, state="up")
+
+
+def read_sysctls(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Those that exist: a kernel without IPv6 has none of its."""
+    found = {}
+    for path in paths:
+        try:
+            found[path] = (root / path).read_text().strip()
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def write_sysctl(root: Path, path: str, value: str) -> None:
+    """One that doesn't exist is no error. Raises OSError, e.g. where /proc/sys is mounted read-only."""
+    try:
+        (root / path).write_text(value)
+    except FileNotFoundError:
+        return
+
+
+def _check_ours(name: str) -> None:
+    if name not in DEVICES:
+        raise ValueError(f"{name} is not Meshwire's to change")

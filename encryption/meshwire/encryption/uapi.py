@@ -1,0 +1,152 @@
+"""WireGuard outside the kernel, through its UAPI socket (https://www.wireguard.com/xplatform/)."""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from typing import Final
+
+from meshwire.encryption.model import DeviceState, Endpoint, PeerState
+from meshwire.encryption.plan import ConfigureDevice
+
+SOCKETS: Final = Path("/var/run/wireguard")
+"""Where implementations put their sockets; not ours to choose."""
+
+_TIMEOUT: Final = 10.0
+
+
+class Uapi:
+    """Devices of a userspace implementation. Raises OSError: FileNotFoundError or ConnectionRefusedError
+    where nobody serves the device, or the errno that the implementation answered."""
+
+    def observe(self, name: str) -> DeviceState:
+        return parse_device(name, _talk(name, b"get=1\n\n"))
+
+    def configure(self, change: ConfigureDevice) -> None:
+        """In one write, all peers at once."""
+        _talk(change.name, format_change(change))
+
+
+def serves(name: str) -> bool:
+    """Whether an implementation answers for the device."""
+    try:
+        with _connect(name):
+            return True
+    except OSError:
+        return False
+
+
+def parse_device(name: str, answer: str) -> DeviceState:
+    """The answer to get=1. The private key in it goes no further than its public half."""
+    from meshwire.encryption.keys import public_key
+    from meshwire.encryption.model import SecretKey
+
+    device_key, port = "", 0
+    peers: dict[str, PeerState] = {}
+    fields: dict[str, str] = {}
+    allowed: list[str] = []
+
+    def finish() -> None:
+        if "public_key" not in fields:
+            return
+        key = base64.b64encode(bytes.fromhex(fields["public_key"])).decode()
+        peers[key] = PeerState(
+            public_key=key,
+            endpoint=parse_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
+            allowed_ips=frozenset(ip_network(text) for text in allowed),
+            keepalive=int(fields.get("persistent_keepalive_interval", 0)),
+            handshake=int(fields.get("last_handshake_time_sec", 0))
+            + int(fields.get("last_handshake_time_nsec", 0)) / 1e9,
+            received=int(fields.get("rx_bytes", 0)),
+            sent=int(fields.get("tx_bytes", 0)),
+        )
+
+    for line in answer.splitlines():
+        key, _, value = line.partition("=")
+        match key:
+            case "private_key" if value.strip("0"):
+                device_key = public_key(SecretKey(bytes.fromhex(value)))
+            case "listen_port":
+                port = int(value)
+            case "public_key":
+                finish()
+                fields, allowed = {key: value}, []
+            case "allowed_ip":
+                allowed.append(value)
+            case _:
+                fields[key] = value
+    finish()
+    return DeviceState(name=name, public_key=device_key, port=port, peers=peers)
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """`192.0.2.1:51871` or `[2001:db8::1]:51871`, with a zone perhaps."""
+    host, _, port = text.rpartition(":")
+    return Endpoint(ip_address(host.strip("[]").partition("%")[0]), int(port))
+
+
+def format_change(change: ConfigureDevice) -> bytes:
+    return ("set=1\n" + "".join(f"{line}\n" for line in _lines(change)) + "\n").encode()
+
+
+def _lines(change: ConfigureDevice) -> Iterator[str]:
+    if change.private_key:
+        yield f"private_key={change.private_key.reveal().hex()}"
+    if change.port:
+        yield f"listen_port={change.port}"
+    if change.fresh:
+        yield "replace_peers=true"
+    if change.release:
+        # Only newer implementations can take a single network away. A network has one peer, though, so
+        # giving it to a peer that goes at once takes it from its old one everywhere, and that one isn't
+        # disturbed.
+        stand_in = os.urandom(32).hex()
+        yield f"public_key={stand_in}"
+        yield from (f"allowed_ip={network}" for network in change.release)
+        yield f"public_key={stand_in}"
+        yield "remove=true"
+    for peer in change.peers:
+        yield f"public_key={base64.b64decode(peer.public_key).hex()}"
+        if peer.remove:
+            yield "remove=true"
+            continue
+        if peer.endpoint:
+            yield f"endpoint={peer.endpoint}"
+        yield f"persistent_keepalive_interval={peer.keepalive}"
+        yield from (f"allowed_ip={network}" for network in peer.gain)
+
+
+def _connect(name: str) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(_TIMEOUT)
+    try:
+        connection.connect(str(SOCKETS / f"{name}.sock"))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _talk(name: str, request: bytes) -> str:
+    with _connect(name) as connection:
+        connection.sendall(request)
+        answer = "".join(_until_blank_line(connection))
+    lines = answer.splitlines()
+    number = next((int(line[6:]) for line in lines if line.startswith("errno=")), 0)
+    if number:
+        raise OSError(abs(number), f"{name}: {os.strerror(abs(number))}")
+    return answer
+
+
+def _until_blank_line(connection: socket.socket) -> Iterable[str]:
+    tail = b""
+    while chunk := connection.recv(1 << 16):
+        yield chunk.decode()
+        tail = (tail + chunk)[-2:]
+        if tail == b"\n\n":
+            return
+    raise ConnectionResetError("the WireGuard implementation closed its socket in mid-answer")

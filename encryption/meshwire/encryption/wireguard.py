@@ -1,0 +1,176 @@
+"""WireGuard in the kernel, over generic netlink: pyroute2's messages, but many peers to one, cut where they
+grow too long, and merged again when read."""
+
+from __future__ import annotations
+
+import os
+import socket
+from base64 import b64encode
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_address, ip_network
+from typing import Any, Final, Protocol
+
+from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
+from pyroute2.netlink.generic import GenericNetlinkSocket
+from pyroute2.netlink.generic.wireguard import (
+    WG_CMD_GET_DEVICE,
+    WG_CMD_SET_DEVICE,
+    WG_GENL_NAME,
+    WG_GENL_VERSION,
+    WGDEVICE_F_REPLACE_PEERS,
+    WGPEER_F_REMOVE_ME,
+    wgmsg,
+)
+
+from meshwire.api.fields import Network
+from meshwire.encryption.model import DeviceState, Endpoint, PeerState
+from meshwire.encryption.plan import ConfigureDevice, PeerChange
+
+# An attribute's length has 16 bits and WGDEVICE_A_PEERS holds all peers of a message; half of it is plenty.
+_MESSAGE_BYTES: Final = 32768
+
+Attributes = list[list[Any]]
+
+
+class WireGuard(Protocol):
+    """What both implementations offer. Raises OSError or pyroute2.NetlinkError."""
+
+    def observe(self, name: str) -> DeviceState: ...
+
+    def configure(self, change: ConfigureDevice) -> None: ...
+
+
+class KernelWireGuard:
+    """Devices of the kernel's module. Raises pyroute2.NetlinkError, at first use too where there is no
+    module."""
+
+    def __init__(self) -> None:
+        self._socket: GenericNetlinkSocket | None = None
+
+    def observe(self, name: str) -> DeviceState:
+        message = wgmsg()
+        message["cmd"] = WG_CMD_GET_DEVICE
+        message["version"] = WG_GENL_VERSION
+        message["attrs"] = [["WGDEVICE_A_IFNAME", name]]
+        return parse_device(name, self._request(message, NLM_F_REQUEST | NLM_F_DUMP))
+
+    def configure(self, change: ConfigureDevice) -> None:
+        for attributes in format_change(change):
+            message = wgmsg()
+            message["cmd"] = WG_CMD_SET_DEVICE
+            message["version"] = WG_GENL_VERSION
+            message["attrs"] = attributes
+            self._request(message, NLM_F_REQUEST | NLM_F_ACK)
+
+    def _request(self, message: wgmsg, flags: int) -> list[Any]:
+        if self._socket is None:
+            self._socket = GenericNetlinkSocket()
+            self._socket.bind(WG_GENL_NAME, wgmsg)
+        return list(self._socket.nlm_request(message, msg_type=self._socket.prid, msg_flags=flags))
+
+
+def parse_device(name: str, messages: Iterable[Any]) -> DeviceState:
+    """A dump cuts where its buffer ends, in the middle of a peer's allowed IPs too: the next message then
+    starts with the same peer again."""
+    public_key, port = "", 0
+    peers: dict[str, PeerState] = {}
+    for message in messages:
+        if key := message.get_attr("WGDEVICE_A_PUBLIC_KEY"):
+            public_key = key.decode()
+        port = message.get_attr("WGDEVICE_A_LISTEN_PORT") or port
+        for peer in message.get_attr("WGDEVICE_A_PEERS") or ():
+            key = peer.get_attr("WGPEER_A_PUBLIC_KEY").decode()
+            allowed = frozenset(
+                ip_network(each["addr"]) for each in peer.get_attr("WGPEER_A_ALLOWEDIPS") or ()
+            )
+            if key in peers:
+                allowed |= peers[key].allowed_ips
+            peers[key] = _peer_state(key, peer, allowed, peers.get(key))
+    return DeviceState(name=name, public_key=public_key, port=port, peers=peers)
+
+
+def _peer_state(key: str, peer: Any, allowed: frozenset[Network], before: PeerState | None) -> PeerState:
+    if before:
+        # A continuation has the key and further allowed IPs alone.
+        return PeerState(
+            public_key=key,
+            endpoint=before.endpoint,
+            allowed_ips=allowed,
+            keepalive=before.keepalive,
+            handshake=before.handshake,
+            received=before.received,
+            sent=before.sent,
+        )
+    endpoint = peer.get_attr("WGPEER_A_ENDPOINT")
+    handshake = peer.get_attr("WGPEER_A_LAST_HANDSHAKE_TIME") or {"tv_sec": 0, "tv_nsec": 0}
+    return PeerState(
+        public_key=key,
+        endpoint=Endpoint(ip_address(endpoint["addr"]), endpoint["port"]) if endpoint else None,
+        allowed_ips=allowed,
+        keepalive=peer.get_attr("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL") or 0,
+        handshake=handshake["tv_sec"] + handshake["tv_nsec"] / 1e9,
+        received=peer.get_attr("WGPEER_A_RX_BYTES") or 0,
+        sent=peer.get_attr("WGPEER_A_TX_BYTES") or 0,
+    )
+
+
+def format_change(change: ConfigureDevice) -> Iterator[Attributes]:
+    """The attributes of one message after the other, to be sent in this order."""
+    head: Attributes = [["WGDEVICE_A_IFNAME", change.name]]
+    if change.fresh:
+        head.append(["WGDEVICE_A_FLAGS", WGDEVICE_F_REPLACE_PEERS])
+    if change.private_key:
+        head.append(["WGDEVICE_A_PRIVATE_KEY", b64encode(change.private_key.reveal())])
+    if change.port:
+        head.append(["WGDEVICE_A_LISTEN_PORT", change.port])
+
+    batch: list[dict[str, Attributes]] = []
+    size = 0
+    for peer in (*_release(change.release), *map(_peer, change.peers)):
+        length = _length(peer)
+        if batch and size + length > _MESSAGE_BYTES:
+            yield [*head, ["WGDEVICE_A_PEERS", batch]]
+            head, batch, size = head[:1], [], 0
+        batch.append({"attrs": peer})
+        size += length
+    yield [*head, ["WGDEVICE_A_PEERS", batch]] if batch else head
+
+
+def _release(networks: tuple[Network, ...]) -> Iterator[Attributes]:
+    """Kernels before 6.16 can't take a single network away, and REPLACE_ALLOWEDIPS would leave the peer
+    without any for a moment. A network has one peer, though, so giving it to a peer that goes at once takes
+    it from its old one."""
+    if not networks:
+        return
+    stand_in = b64encode(os.urandom(32))
+    yield [["WGPEER_A_PUBLIC_KEY", stand_in], ["WGPEER_A_ALLOWEDIPS", [_allowed(each) for each in networks]]]
+    yield [["WGPEER_A_PUBLIC_KEY", stand_in], ["WGPEER_A_FLAGS", WGPEER_F_REMOVE_ME]]
+
+
+def _peer(change: PeerChange) -> Attributes:
+    attributes: Attributes = [["WGPEER_A_PUBLIC_KEY", change.public_key]]
+    if change.remove:
+        return [*attributes, ["WGPEER_A_FLAGS", WGPEER_F_REMOVE_ME]]
+    if change.endpoint:
+        endpoint = {"addr": str(change.endpoint.address), "port": change.endpoint.port}
+        attributes.append(["WGPEER_A_ENDPOINT", endpoint])
+    attributes.append(["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL", change.keepalive])
+    if change.gain:
+        attributes.append(["WGPEER_A_ALLOWEDIPS", [_allowed(network) for network in change.gain]])
+    return attributes
+
+
+def _allowed(network: Network) -> dict[str, Attributes]:
+    return {
+        "attrs": [
+            ["WGALLOWEDIP_A_FAMILY", socket.AF_INET if network.version == 4 else socket.AF_INET6],
+            ["WGALLOWEDIP_A_IPADDR", network.network_address.packed],
+            ["WGALLOWEDIP_A_CIDR_MASK", network.prefixlen],
+        ]
+    }
+
+
+def _length(peer: Attributes) -> int:
+    """Upper bound of a peer's encoding: 44 bytes a key, 32 an endpoint, 44 a network, 8 anything else."""
+    allowed = next((value for name, value in peer if name == "WGPEER_A_ALLOWEDIPS"), ())
+    return 128 + 44 * len(allowed)
