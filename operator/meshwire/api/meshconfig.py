@@ -56,6 +56,8 @@ class MeshConfig:
 
     encryption: Encryption = field(default_factory=Encryption)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    uid: str = ""
+    resource_version: str = ""
     generation: int = 0
     conditions: tuple[Condition, ...] = ()
 
@@ -66,6 +68,8 @@ class MeshConfig:
         return cls(
             encryption=_encryption(fields.child(spec, "encryption", "spec")),
             network=_network(fields.child(spec, "network", "spec")),
+            uid=fields.text(metadata, "uid", "metadata"),
+            resource_version=fields.text(metadata, "resourceVersion", "metadata"),
             generation=fields.integer(metadata, "generation", "metadata", default=0),
             conditions=conditions.parse(fields.child(source, "status", "")),
         )

@@ -99,10 +99,12 @@ class Status:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshNode:
-    """`generation` counts changes of the spec; a status speaks of the generation it has observed."""
+    """`generation` counts changes of the spec; a status speaks of the generation it has observed. `owner`
+    is the uid of the Node it stands for."""
 
     name: str
     uid: str = ""
+    owner: str = ""
     resource_version: str = ""
     generation: int = 0
     created: str = ""
@@ -117,6 +119,14 @@ class MeshNode:
         return cls(
             name=fields.text(metadata, "name", "metadata"),
             uid=fields.text(metadata, "uid", "metadata"),
+            owner=next(
+                (
+                    str(owner.get("uid"))
+                    for owner in metadata.get("ownerReferences", ())
+                    if owner.get("kind") == "Node"
+                ),
+                "",
+            ),
             resource_version=fields.text(metadata, "resourceVersion", "metadata"),
             generation=fields.integer(metadata, "generation", "metadata", default=0),
             created=fields.text(metadata, "creationTimestamp", "metadata"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meshwire.api import conditions, fields
@@ -23,11 +23,13 @@ class MeshStatus:
     nodes_ready: int = 0
     leaked: int = 0
     conditions: tuple[Condition, ...] = ()
+    uid: str = field(default="", compare=False)
+    resource_version: str = field(default="", compare=False)
 
     @classmethod
     def from_object(cls, source: Mapping[str, Any]) -> MeshStatus:
         """Reads a MeshStatus as the API server gives it. Raises InvalidSpec."""
-        status = fields.child(source, "status", "")
+        metadata, status = fields.child(source, "metadata", ""), fields.child(source, "status", "")
         return cls(
             encryption=fields.text(status, "encryption", "status", default="Off"),
             phase=fields.choice(status, "phase", "status", default=Phase.OFF),
@@ -37,6 +39,8 @@ class MeshStatus:
             nodes_ready=fields.integer(status, "nodesReady", "status", default=0),
             leaked=fields.integer(status, "leaked", "status", default=0),
             conditions=conditions.parse(status),
+            uid=fields.text(metadata, "uid", "metadata"),
+            resource_version=fields.text(metadata, "resourceVersion", "metadata"),
         )
 
     def to_dict(self) -> dict[str, Any]:

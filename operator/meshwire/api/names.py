@@ -28,6 +28,10 @@ NODE_LABEL: Final = "meshwire.dev/node"
 SEALED_TO_ANNOTATION: Final = "meshwire.dev/sealed-to"
 """On a key Secret: the public sealing key its private half was sealed to (base64)."""
 
+PUBLIC_KEY_ANNOTATION: Final = "meshwire.dev/public-key-epoch-"
+"""On a key Secret, followed by the epoch: the public half (base64) of the private key under the data key
+`epoch-N`."""
+
 MAX_NODE_ID: Final = 16383
 """Node numbers run from 1; 0 stands for a node nobody knows. Bounds the datapath's `nodes` map."""
 
@@ -45,3 +49,8 @@ def listen_port(base_port: int, epoch: int) -> int:
 def secret_name(node: str) -> str:
     """The Secret of the node's WireGuard private keys: one data key per epoch, each sealed to the node."""
     return f"meshwire-key-{node}"
+
+
+def secret_data_key(epoch: int) -> str:
+    """Where in that Secret's data the sealed key of `epoch` is."""
+    return f"epoch-{epoch}"

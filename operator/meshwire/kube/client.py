@@ -43,7 +43,7 @@ class NoCluster(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """Where the API server is and who we are. `token_file` is read again for every request: tokens rotate."""
+    """Where the API server is and who we are. `token_file` is read anew for every request: tokens rotate."""
 
     server: str
     ca_file: Path | None = None
@@ -73,7 +73,8 @@ def find_cluster(environ: Mapping[str, str] = os.environ) -> Cluster:
 
 
 def read_kubeconfig(path: Path) -> Cluster:
-    """The current context of a kubeconfig with a static user (token or client certificate, by file or inline)."""
+    """The current context of a kubeconfig whose user has a token or a client certificate, by file or
+    inline."""
     config = yaml.safe_load(path.read_text())
 
     def named(kind: str, name: str) -> Object:
@@ -104,8 +105,8 @@ def read_kubeconfig(path: Path) -> Cluster:
 
 
 class Client:
-    """Requests to one API server. Paths are as in the API reference, e.g. `/api/v1/nodes/a`. Raises ApiError for
-    refusals and aiohttp.ClientError or TimeoutError where the server can't be reached."""
+    """Requests to one API server. Paths are as in the API reference, e.g. `/api/v1/nodes/a`. Raises ApiError
+    for refusals and aiohttp.ClientError or TimeoutError where the server can't be reached."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
@@ -177,8 +178,8 @@ class Client:
                 raise
 
     async def watch(self, path: str, **params: str) -> AsyncIterator[tuple[str, Object]]:
-        """(ADDED, MODIFIED, DELETED or BOOKMARK; object), from `resourceVersion` on until the server ends the watch.
-        Raises ApiError 410 where the version is too old: list again."""
+        """(ADDED, MODIFIED, DELETED or BOOKMARK; object), from `resourceVersion` on until the server ends
+        the watch. Raises ApiError 410 where the version is too old: list again."""
         async with self._session.get(
             self.cluster.server + path,
             params={"watch": "true", "allowWatchBookmarks": "true", **params},

@@ -12,7 +12,7 @@ import kopf
 from meshwire.kube.client import Cluster
 
 TOKEN_LIFE: Final = timedelta(minutes=10)
-"""Kubelet renews a service account's token when a fifth of its life is left: at least two minutes, by default 12."""
+"""Kubelet renews a service account's token when a fifth of its life is left, by default twelve minutes."""
 RETRY_DELAY: Final = 2.0
 """Seconds between logins. kopf logs in again after every 401, at once."""
 
@@ -28,9 +28,9 @@ async def login(cluster: Cluster) -> kopf.ConnectionInfo:
 
 
 def connection_info(cluster: Cluster, *, now: datetime) -> kopf.ConnectionInfo:
-    """The cluster as kopf wants it, good until `now` plus TOKEN_LIFE; kopf then logs in again, which reads the token
-    file anew. Credentials that never change expire too: kopf drops for good what has met one 401, comparing all of
-    it, and an API server that is just starting answers 401 to anybody."""
+    """The cluster as kopf wants it, good until `now` plus TOKEN_LIFE; kopf then logs in again, which reads
+    the token file anew. Credentials that never change expire too: kopf drops for good what has met one
+    401, comparing all of it, and an API server that is just starting answers 401 to anybody."""
     return kopf.ConnectionInfo(
         server=cluster.server,
         ca_path=cluster.ca_file,
