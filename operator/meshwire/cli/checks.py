@@ -438,7 +438,7 @@ def _judge_api(cluster: ClusterFacts) -> Iterator[Finding]:
             "api server",
             f"Kubernetes {cluster.version} is older than {MINIMUM_API[0]}.{MINIMUM_API[1]}",
             why="since 1.32 every service account token names its node, by which the API server holds an "
-            "agent to its own MeshNode (ValidatingAdmissionPolicy), and CIDRs can be checked in a schema (CEL)",
+            "agent to its own MeshNode (ValidatingAdmissionPolicy), and schemas can check CIDRs (CEL)",
             todo="upgrade the control plane",
         )
     if "crds" in cluster.unread:

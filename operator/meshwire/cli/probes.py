@@ -77,16 +77,17 @@ def has_mount(mountinfo: str, path: str, kind: str) -> bool:
 def try_kernel() -> Attempts:
     """Tries things out in a network namespace of a process of its own (sandbox.py)."""
     # -P: modules come from where this one came from, never from the directory somebody happens to stand in.
-    run = subprocess.run(
-        [sys.executable, "-P", "-m", "meshwire.cli.sandbox"],
-        capture_output=True,
-        text=True,
-        timeout=SANDBOX_SECONDS,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-    )
-    if run.returncode:
-        lines = run.stderr.strip().splitlines()
-        return Attempts({"namespace": lines[-1] if lines else f"ended with {run.returncode}"})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-P", "-m", "meshwire.cli.sandbox"]
+    try:
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=SANDBOX_SECONDS, env=environment, check=True
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.strip().splitlines()
+        return Attempts({"namespace": lines[-1] if lines else str(error)})
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Attempts({"namespace": str(error)})
     results: dict[str, str] = json.loads(run.stdout)
     return Attempts(results, unprivileged=bool(results.pop("unprivileged", "")))
 
@@ -162,10 +163,8 @@ def _find_port(number: int, own_device: str, devices: Iterable[str]) -> Port:
 
 
 def _find_holder(number: int, own_device: str, devices: Iterable[str]) -> str:
-    inodes = {
-        inode for family in ("udp", "udp6") for inode in udp_inodes(_read(f"/proc/net/{family}"), number)
-    }
-    process = _find_process(inodes - {0})
+    tables = [path.read_text() for path in (Path("/proc/net/udp"), Path("/proc/net/udp6")) if path.exists()]
+    process = _find_process({inode for table in tables for inode in udp_inodes(table, number)} - {0})
     # WireGuard in the kernel holds a socket without an inode; asking the device itself would give its
     # private key.
     if own_device in devices and (not process or process.startswith("wireguard-go")):
