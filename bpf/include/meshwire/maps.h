@@ -39,3 +39,18 @@ struct {
 	__type(key, __u32);
 	__type(value, struct mw_counter);
 } metrics SEC(".maps");
+
+/* How many ICMP errors this CPU has sent since `since` (bpf_ktime_get_ns). Pinned like the rest although no agent reads
+ * it: a program loaded twice must use the same maps to be recognised as the same. */
+struct mw_icmp_budget {
+	__u64 since;
+	__u64 sent;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, struct mw_icmp_budget);
+} icmp_budget SEC(".maps");

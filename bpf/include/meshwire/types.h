@@ -70,7 +70,8 @@ enum mw_reason {
 	MW_DROP_NO_TUNNEL = 128, /* strict: destination's node has no proven tunnel */
 	MW_DROP_UNKNOWN_NODE = 129, /* strict: destination in a cluster CIDR, of no known node */
 	MW_DROP_CLEAR_ARRIVED = 130, /* strict: came in clear and should have come through a tunnel */
-	MW_DROP_BAD_SOURCE = 131, /* came through a tunnel with a source that is no other node's */
+	MW_DROP_BAD_SOURCE = 131, /* ingress: came through a tunnel with a source that is no other node's;
+				   * egress, strict: from a pod address of another node to a third one's */
 	MW_DROP_TOO_BIG = 132, /* does not fit the tunnel, DF set: answered with an ICMP error */
 	MW_DROP_MALFORMED = 133, /* truncated or impossible IP header on a path where it cannot be judged */
 	MW_DROP_ENCAPSULATED = 134, /* strict: pod traffic inside VXLAN, Geneve or IPIP on its way out in clear */
