@@ -195,7 +195,7 @@ def exec_(namespace: str, pod: str, command: tuple[str, ...]) -> None:
     """Run a command in a pod. Works without the API server."""
     command = command[1:] if command[0] == "--" else command
     the_lab = Lab()
-    _become(the_lab.exec_command(pod, command, namespace), the_lab.environment())
+    _become(the_lab.exec_command(pod, command, namespace), the_lab.pod_environment(pod, namespace))
 
 
 @lab.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

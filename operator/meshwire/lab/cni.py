@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import ipaddress
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -233,7 +234,9 @@ def pick(taken: Iterable[int], last: int, end: int) -> int:
     """The next free number after `last` below `end`, from the start again when there is none: an address just given
     back rests as long as possible. Raises LabError."""
     used = frozenset(taken)
-    for number in (*range(max(last + 1, FIRST_NUMBER), end), *range(FIRST_NUMBER, min(last + 1, end))):
+    for number in itertools.chain(
+        range(max(last + 1, FIRST_NUMBER), end), range(FIRST_NUMBER, min(last + 1, end))
+    ):
         if number not in used:
             return number
     raise LabError("no pod address is left on this node")

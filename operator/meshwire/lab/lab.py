@@ -146,7 +146,10 @@ class Lab:
         if self.is_up:
             self._report("taking down what was there")
             self.down()
-        manifests = self._manifests() if settings.mesh else []
+        if settings.mesh and not (SOURCE / "config/access").is_dir():
+            raise LabError(
+                f"no config/access in {SOURCE}: the lab runs from a source tree (or with --no-mesh)"
+            )
         with self._locked():
             state = self._begin(settings)
             self._report("control plane")
@@ -157,9 +160,9 @@ class Lab:
             self._wait_for_api(wait_seconds)
             self._start_controllers(programs, state)
             self._apply_bootstrap(state)
-            if manifests:
+            if settings.mesh:
                 self._report("custom resources and access rules")
-                self._apply_manifests(programs, manifests)
+                self._apply_manifests(programs)
                 self._start_operator(state)
             self._report(f"{len(state.nodes)} nodes")
             for node in state.nodes:
@@ -339,7 +342,7 @@ class Lab:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self.environment(),
+            env=self.pod_environment(pod, namespace),
         )
 
     def node_command(self, node: str, command: Sequence[str]) -> list[str]:
@@ -352,8 +355,17 @@ class Lab:
     ) -> subprocess.CompletedProcess[str]:
         return _run(self.node_command(node, command), self.environment(), check=check, timeout=timeout)
 
+    def pod_environment(self, pod: str, namespace: str = "default") -> dict[str, str]:
+        """For a command in a pod: that of its container."""
+        pid = self.find_pod(pod, namespace).pid
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="surrogateescape").split("\0")
+        env = dict(line.split("=", 1) for line in lines if "=" in line)
+        # `down` ends what carries it; this command belongs to whoever runs it.
+        env.pop(processes.MARK, None)
+        return env
+
     def environment(self) -> dict[str, str]:
-        """For commands on nodes and in pods; without the lab's mark, these are not the lab's own."""
+        """For a command on a node."""
         env = processes.environment("")
         del env[processes.MARK]
         return env
@@ -519,21 +531,10 @@ class Lab:
         if not state.settings.node_cidr:
             cni.ClusterPool(self.paths.pool, state.settings.families).release_all(node.name)
 
-    def _manifests(self) -> list[str]:
-        """Arguments for kubectl apply."""
-        crds, access = SOURCE / "crds", SOURCE / "config/access"
-        missing = [str(path) for path in (crds, access) if not any(path.glob("*.yaml"))]
-        if missing:
-            raise LabError(f"no manifests in {', '.join(missing)}: the lab runs from a source tree")
-        is_kustomize = (access / "kustomization.yaml").exists()
-        return ["-f", str(crds), *(["-k"] if is_kustomize else ["-f"]), str(access)]
-
-    def _apply_manifests(self, programs: Path, manifests: Sequence[str]) -> None:
-        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": names.NAMESPACE}}
-        self._kubectl(programs, "apply", "-f", "-", stdin=json.dumps(namespace))
-        for flag, path in zip(manifests[::2], manifests[1::2], strict=True):
-            self._kubectl(programs, "apply", flag, path)
-        self._kubectl(programs, "wait", "--for=condition=Established", "--timeout=60s", "-f", manifests[1])
+    def _apply_manifests(self, programs: Path) -> None:
+        for directory in (SOURCE / "crds", SOURCE / "config/access"):
+            self._kubectl(programs, "apply", "-k", str(directory))
+        self._kubectl(programs, "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
 
     def _apply_bootstrap(self, state: State) -> None:
         async def create(client: Client) -> None:

@@ -157,5 +157,7 @@ def _write(path: Path, certificate: x509.Certificate, key: ec.EllipticCurvePriva
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     # Not PKCS#8: the API server takes the public half of an EC key for tokens from this form only.
     return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.TraditionalOpenSSL,
+        serialization.NoEncryption(),
     )

@@ -21,6 +21,7 @@ import aiohttp
 
 from meshwire.kube.client import ApiError, Client, Object
 from meshwire.lab import cni, network, processes, tokens
+from meshwire.lab.files import write_private
 from meshwire.lab.model import Address, LabError, Node, Paths, Settings, api_service_address, pod_netns
 
 STRATEGIC_MERGE_PATCH: Final = "application/strategic-merge-patch+json"
@@ -121,6 +122,12 @@ def container_command(pod: Object, env: Mapping[str, str]) -> list[str]:
     return [expand(part, env) for part in command]
 
 
+def hosts_file(name: str, addresses: Sequence[Address]) -> str:
+    """As kubelet writes it."""
+    lines = ["127.0.0.1 localhost", "::1 localhost", *(f"{address} {name}" for address in addresses)]
+    return "".join(f"{line}\n" for line in lines)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """How far a pod has come."""
@@ -185,12 +192,17 @@ set -e
 echo "$1" > /proc/sys/kernel/hostname
 mkdir -p "$2" "$3"
 mount --bind "$2" "$3"
-[ "$4" = host ] || mount -t sysfs sysfs /sys
+if [ "$4" = pod ]; then
+  mount -t sysfs sysfs /sys
+  [ ! -f /etc/hosts ] || mount --bind /run/hosts /etc/hosts
+  [ ! -f /etc/resolv.conf ] || mount --bind /run/resolv.conf /etc/resolv.conf
+fi
 cd "$5"
 shift 5
 exec "$@"
 """
-"""A container of the lab has a host name and a /run of its own; one on the host's network only the latter's secrets."""
+"""A container of the lab has a host name, a /run and name resolution of its own; one on the host's network only a
+host name and its service account."""
 
 
 class Worker:
@@ -348,6 +360,9 @@ class Worker:
         run = machine.paths.root / "machines" / machine.node.name / "pod-run" / pod_key(self._pod)
         if spec.get("automountServiceAccountToken", True) is not False:
             await self._fetch_token(run / "secrets/kubernetes.io/serviceaccount")
+        write_private(run / "hosts", hosts_file(self._metadata["name"], addresses).encode())
+        # There is no name server, and asking none fails at once where asking the host's would take seconds.
+        write_private(run / "resolv.conf", b"options attempts:1 timeout:1\n")
         log = machine.paths.logs / "pods" / f"{pod_key(self._pod)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         # The holder's mounts for the host's network, our own (the host's) for the others.
