@@ -1,8 +1,9 @@
-"""Runs userspace WireGuard devices for the agent, in a process of its own: the agent may die or be upgraded without
-taking the devices along. If this process dies, they go on too. It needs nothing but the standard library.
+"""Runs userspace WireGuard devices for the agent, in a process of its own: the agent may die or be upgraded
+without taking the devices along. If this process dies, they go on too. It needs nothing but the standard
+library.
 
-Protocol: one line each way over MESHWIRE_RUN_DIR/userspace.sock (0600). `ensure NAME` answers `ok` when the device is
-there and can be configured, or `error TEXT`."""
+Protocol: one line each way over MESHWIRE_RUN_DIR/userspace.sock (0600). `ensure NAME` answers `ok` when the
+device is there and can be configured, or `error TEXT`."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class CannotStart(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A wireguard-go that we, or an earlier one of us, started. `started` tells it from a later process of that
-    number (clock ticks since boot)."""
+    """A wireguard-go that we, or an earlier one of us, started. `started` tells it from a later process of
+    that number (clock ticks since boot)."""
 
     pid: int
     started: int
@@ -82,7 +83,9 @@ def ensure(run_directory: Path, name: str) -> None:
         if _answers(name):
             return
         if _find_process(run_directory, name) is None:
-            raise CannotStart(f"{name} exists, but nothing answers at its UAPI socket: it is somebody else's")
+            raise CannotStart(
+                f"{name} exists, but nothing answers at its UAPI socket: it is somebody else's"
+            )
     _stop(run_directory, name)
     _start(run_directory, name)
 
@@ -91,7 +94,9 @@ def _start(run_directory: Path, name: str) -> None:
     if (program := shutil.which(PROGRAM)) is None:
         raise CannotStart(f"{PROGRAM} is not installed")
     # A file, not our own output: Go programs die of writing to a pipe that nobody reads any more.
-    output = os.open(run_directory / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    output = os.open(
+        run_directory / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+    )
     try:
         child = subprocess.Popen(
             [program, "-f", name],
@@ -176,7 +181,8 @@ def _reap() -> None:
 
 
 def _tidy(run_directory: Path) -> None:
-    """Ends processes whose device is gone. Theirs alone: a pid file names a process that one of us started."""
+    """Ends processes whose device is gone. Theirs alone: a pid file names a process that one of us
+    started."""
     for name in DEVICES:
         if _find_process(run_directory, name) and not _exists(name):
             log.info("%s is gone, its process still runs: ending it", name)

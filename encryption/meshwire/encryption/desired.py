@@ -8,7 +8,7 @@ from ipaddress import ip_network
 from typing import Final, TypeVar
 
 from meshwire.api import names
-from meshwire.api.fields import Address, Network
+from meshwire.api.fields import Address, InvalidSpec, Network
 from meshwire.api.meshconfig import MeshConfig, Mode
 from meshwire.api.meshnode import Implementation, Phase, Spec
 from meshwire.encryption.discovery import find_paths
@@ -350,3 +350,25 @@ def _attachments(
 
 def _union(first: tuple[T, ...], second: tuple[T, ...]) -> tuple[T, ...]:
     return tuple(dict.fromkeys((*first, *second)))
+
+
+def judge_config(
+    candidate: MeshConfig | InvalidSpec | None, last_good: MeshConfig | None, links: Mapping[str, Link]
+) -> tuple[MeshConfig, Problem | None]:
+    """The MeshConfig in force: the newest one that this node can carry out. One that nobody has written, or
+    that was deleted, changes nothing: whether to encrypt is the operator's order."""
+    in_force = last_good or MeshConfig()
+    match candidate:
+        case None:
+            return in_force, None
+        case InvalidSpec():
+            return in_force, Problem(
+                "ConfigRejected", f"MeshConfig: {candidate}; the last good one stays in force"
+            )
+    if missing := missing_devices(candidate, links):
+        named = ", ".join(missing)
+        return in_force, Problem(
+            "DeviceNotFound",
+            f"MeshConfig names {named}, which this node does not have; the last good one stays in force",
+        )
+    return candidate, None

@@ -263,20 +263,6 @@ class Device:
     mtu: int
     peers: tuple[Peer, ...]
 
-    @property
-    def sysctls(self) -> tuple[tuple[str, str], ...]:
-        """Paths relative to /proc/sys and their values."""
-        return (
-            (f"net/ipv4/conf/{self.name}/forwarding", "1"),
-            # Loose: what a tunnel delivers is routed back by the uplink until to_netdev redirects it.
-            (f"net/ipv4/conf/{self.name}/rp_filter", "2"),
-            # No link-local address, so no router solicitations, MLD or DAD through the tunnels.
-            (f"net/ipv6/conf/{self.name}/addr_gen_mode", "1"),
-            (f"net/ipv6/conf/{self.name}/accept_ra", "0"),
-            (f"net/ipv6/conf/{self.name}/forwarding", "1"),
-            (f"net/ipv6/conf/{self.name}/disable_ipv6", "0"),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
@@ -308,9 +294,19 @@ class Desired:
     def strict(self) -> bool:
         return self.settings is not None and SettingsFlags.STRICT in self.settings.flags
 
-    @property
-    def sysctls(self) -> tuple[tuple[str, str], ...]:
-        return tuple(entry for device in self.devices for entry in device.sysctls)
+
+def device_sysctls(name: str) -> tuple[tuple[str, str], ...]:
+    """What a tunnel device needs: paths relative to /proc/sys and their values."""
+    return (
+        (f"net/ipv4/conf/{name}/forwarding", "1"),
+        # Loose: what a tunnel delivers is routed back by the uplink until to_netdev redirects it.
+        (f"net/ipv4/conf/{name}/rp_filter", "2"),
+        # No link-local address, so no router solicitations, MLD or DAD through the tunnels.
+        (f"net/ipv6/conf/{name}/addr_gen_mode", "1"),
+        (f"net/ipv6/conf/{name}/accept_ra", "0"),
+        (f"net/ipv6/conf/{name}/forwarding", "1"),
+        (f"net/ipv6/conf/{name}/disable_ipv6", "0"),
+    )
 
 
 def sorted_networks(networks: Iterable[Network]) -> list[Network]:

@@ -26,6 +26,7 @@ from meshwire.encryption.model import (
     SecretKey,
     Settings,
     SettingsFlags,
+    device_sysctls,
     sorted_networks,
 )
 
@@ -331,9 +332,10 @@ def _device_actions(device: Device, observed: Observed, attachments: list[Attach
         yield CreateDevice(device.name)
     if configuration := _configuration(device, observed):
         yield configuration
+    wanted = device_sysctls(device.name)
     # A device that isn't there yet has no sysctls to read: write them all.
-    known = observed.sysctls if link else dict.fromkeys((path for path, _ in device.sysctls), "")
-    sysctls = tuple((path, value) for path, value in device.sysctls if known.get(path, value) != value)
+    known = observed.sysctls if link else dict.fromkeys((path for path, _ in wanted), "")
+    sysctls = tuple((path, value) for path, value in wanted if known.get(path, value) != value)
     if sysctls:
         yield WriteSysctls(sysctls)
     yield from (Attach(attachment) for attachment in attachments)

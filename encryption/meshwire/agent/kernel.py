@@ -1,0 +1,303 @@
+"""The node's kernel as the agent sees and changes it: links, WireGuard, filters, maps. Blocking; one thread
+uses it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+from pyroute2 import IPRoute, NetlinkError
+
+from meshwire.agent import userspace
+from meshwire.agent.settings import Settings
+from meshwire.api.meshconfig import Userspace
+from meshwire.api.meshnode import Implementation
+from meshwire.bpf import layouts, loader, tc
+from meshwire.bpf.layouts import Reason
+from meshwire.bpf.maps import AddressEntry as MapAddress
+from meshwire.bpf.maps import Counter, Maps, SettingsEntry
+from meshwire.encryption import netlink, uapi
+from meshwire.encryption import plan as plans
+from meshwire.encryption.model import (
+    DEVICES,
+    AddressEntry,
+    AddressFlags,
+    Attachment,
+    Datapath,
+    DeviceState,
+    Direction,
+    Endpoint,
+    Link,
+    Observed,
+    SettingsFlags,
+)
+from meshwire.encryption.model import Settings as DatapathSettings
+from meshwire.encryption.wireguard import KernelWireGuard, WireGuard
+
+log = logging.getLogger("meshwire.agent")
+
+_DIRECTIONS = {
+    Direction.EGRESS: layouts.Direction.EGRESS,
+    Direction.INGRESS: layouts.Direction.INGRESS,
+}
+STALE = "stale"
+_PROBE_SECONDS = 60.0
+
+Metrics = dict[tuple[Reason, layouts.Direction], Counter]
+
+
+@dataclass(slots=True)
+class _Loaded:
+    programs: loader.Programs
+    maps: Maps
+
+    def close(self) -> None:
+        self.maps.close()
+        self.programs.close()
+
+
+class Kernel:
+    """Observes and applies. Raises NetlinkError, OSError, loader.Refused, loader.IncompatibleMap,
+    tc.Conflict and userspace.CannotStart; whatever was done before stays, and the next observation sees
+    it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._ipr = IPRoute()
+        self._loaded: _Loaded | None = None
+        self._kernel_wireguard = False
+        self._probe_after = 0.0
+        self._chosen = Implementation.NONE
+        self._implementations: dict[str, WireGuard] = {}
+        self._endpoints: dict[tuple[str, str], Endpoint] = {}
+
+    def close(self) -> None:
+        """Lets go of everything; what is attached and pinned stays in force."""
+        if self._loaded:
+            self._loaded.close()
+            self._loaded = None
+        self._ipr.close()
+
+    def observe(self, userspace_mode: Userspace, sysctls: Iterable[str] = ()) -> Observed:
+        links = netlink.observe_links(self._ipr)
+        self._chosen = self._implementation(userspace_mode, links)
+        wireguard = {name: self._observe_device(links[name]) for name in DEVICES if name in links}
+        return Observed(
+            links=links,
+            routes=netlink.observe_routes(self._ipr),
+            wireguard=wireguard,
+            datapath=self._observe_datapath(),
+            pinned=self._settings.pin_directory.exists(),
+            attachments=frozenset(self._observe_attachments(links)),
+            sysctls=netlink.read_sysctls(self._settings.proc_sys, sysctls),
+            endpoints=dict(self._endpoints),
+            implementation=self._chosen,
+            now=time.time(),
+        )
+
+    def metrics(self) -> Metrics:
+        """The datapath's counters; none where it isn't loaded."""
+        return self._loaded.maps.metrics.read() if self._loaded else {}
+
+    def apply(self, action: plans.Action) -> None:
+        match action:
+            case plans.LoadDatapath():
+                self._load()
+            case plans.UnloadDatapath():
+                self._unload()
+            case plans.WriteAddresses(entries):
+                for network, entry in entries:
+                    value = MapAddress(entry.identity, entry.node, layouts.AddressFlag(entry.flags))
+                    self._maps().ipcache.update(network, value)
+            case plans.DeleteAddresses(networks):
+                for network in networks:
+                    self._maps().ipcache.delete(network)
+            case plans.WriteNodes(entries):
+                for number, device in entries:
+                    self._maps().nodes.update(number, self._index(device) if device else 0)
+            case plans.WriteSettings(settings):
+                self._maps().settings.write(
+                    SettingsEntry(
+                        layouts.SettingsFlag(settings.flags), settings.local_node, settings.tunnel_mtu
+                    )
+                )
+            case plans.Attach(attachment):
+                tc.attach(
+                    self._ipr,
+                    self._index(attachment.device),
+                    _DIRECTIONS[attachment.direction],
+                    self._programs().get(attachment.program),
+                )
+            case plans.Detach(attachment):
+                self._detach(attachment)
+            case plans.CreateDevice(name):
+                self._create(name)
+            case plans.DeleteDevice(name):
+                netlink.delete_link(self._ipr, name)
+                self._forget(name)
+            case plans.SetLink(name, mtu, add_address):
+                netlink.set_up(self._ipr, name, mtu=mtu, add_address=add_address)
+            case plans.WriteSysctls(sysctls):
+                for path, text in sysctls:
+                    netlink.write_sysctl(self._settings.proc_sys, path, text)
+            case plans.ConfigureDevice():
+                self._configure(action)
+            case _:
+                assert_never(action)
+
+    def _index(self, name: str) -> int:
+        if (index := netlink.find_index(self._ipr, name)) is None:
+            raise NetlinkError(errno.ENODEV, f"{name} is gone")
+        return index
+
+    # WireGuard
+
+    def _implementation(self, mode: Userspace, links: dict[str, Link]) -> Implementation:
+        if mode is not Userspace.ALWAYS:
+            # Asked again now and then while the answer is no: the module may be installed meanwhile.
+            if not self._kernel_wireguard and time.monotonic() >= self._probe_after:
+                self._kernel_wireguard = netlink.kernel_has_wireguard(self._ipr)
+                self._probe_after = time.monotonic() + _PROBE_SECONDS
+            if self._kernel_wireguard:
+                return Implementation.KERNEL
+        if mode is not Userspace.NEVER and (
+            any(links[name].kind == "tun" for name in DEVICES if name in links)
+            or userspace.available(self._settings.run_directory)
+        ):
+            return Implementation.USERSPACE
+        return Implementation.NONE
+
+    def _observe_device(self, link: Link) -> DeviceState:
+        implementation = self._implementations.get(link.name)
+        if implementation is None or (link.kind == "wireguard") != isinstance(
+            implementation, KernelWireGuard
+        ):
+            implementation = KernelWireGuard() if link.kind == "wireguard" else uapi.Uapi()
+            self._implementations[link.name] = implementation
+        return implementation.observe(link.name)
+
+    def _create(self, name: str) -> None:
+        self._forget(name)
+        if self._chosen is Implementation.KERNEL:
+            netlink.create_wireguard(self._ipr, name)
+            self._implementations[name] = KernelWireGuard()
+        else:
+            userspace.ensure_device(self._settings.run_directory, name)
+            self._implementations[name] = uapi.Uapi()
+
+    def _configure(self, change: plans.ConfigureDevice) -> None:
+        self._implementations[change.name].configure(change)
+        if change.fresh:
+            self._forget_endpoints(change.name)
+        for peer in change.peers:
+            if peer.remove:
+                self._endpoints.pop((change.name, peer.public_key), None)
+            elif peer.endpoint:
+                self._endpoints[change.name, peer.public_key] = peer.endpoint
+
+    def _forget(self, name: str) -> None:
+        self._implementations.pop(name, None)
+        self._forget_endpoints(name)
+
+    def _forget_endpoints(self, name: str) -> None:
+        self._endpoints = {key: value for key, value in self._endpoints.items() if key[0] != name}
+
+    # Programs, maps and filters
+
+    def _load(self) -> None:
+        if self._loaded:
+            self._loaded.close()
+            self._loaded = None
+        programs = loader.Programs.load(self._settings.pin_directory)
+        try:
+            self._loaded = _Loaded(programs, Maps.open(self._settings.pin_directory))
+        except BaseException:
+            programs.close()
+            raise
+
+    def _unload(self) -> None:
+        if self._loaded:
+            self._loaded.close()
+            self._loaded = None
+        remove_pins(self._settings.pin_directory)
+
+    def _programs(self) -> loader.Programs:
+        if self._loaded is None:
+            raise RuntimeError("the programs are not loaded")
+        return self._loaded.programs
+
+    def _maps(self) -> Maps:
+        if self._loaded is None:
+            raise RuntimeError("the maps are not open")
+        return self._loaded.maps
+
+    def _observe_datapath(self) -> Datapath | None:
+        # Pins that somebody removed are no longer what the next agent would find: load anew.
+        if self._loaded is None or not (self._settings.pin_directory / "ipcache").exists():
+            return None
+        maps = self._loaded.maps
+        settings = maps.settings.read()
+        return Datapath(
+            addresses={
+                network: AddressEntry(entry.node, AddressFlags(entry.flags), entry.identity)
+                for network, entry in maps.ipcache.read().items()
+            },
+            nodes=maps.nodes.read(),
+            settings=DatapathSettings(
+                SettingsFlags(settings.flags), settings.local_node, settings.tunnel_mtu
+            ),
+        )
+
+    def _observe_attachments(self, links: dict[str, Link]) -> Iterable[Attachment]:
+        names = {link.index: link.name for link in links.values()}
+        # One dump says where there can be filters at all: a node has hundreds of pod devices without any.
+        candidates = {
+            message["index"]
+            for message in self._ipr.get_qdiscs()
+            if message.get_attr("TCA_KIND") == "clsact" and message["index"] in names
+        }
+        for index in sorted(candidates):
+            for direction in Direction:
+                found = [
+                    each
+                    for each in tc.find_filters(self._ipr, index)
+                    if each.direction == _DIRECTIONS[direction]
+                ]
+                if not found:
+                    continue
+                current = len(found) == 1 and found[0].first and self._is_loaded(found[0])
+                yield Attachment(names[index], direction, found[0].name if current else STALE)
+
+    def _is_loaded(self, found: tc.Filter) -> bool:
+        """The filter does what the program we loaded would do."""
+        if self._loaded is None or found.name not in self._loaded.programs.names():
+            return False
+        program = self._loaded.programs.get(found.name)
+        if found.program_id == program.id:
+            return True
+        try:
+            _, tag, map_ids = loader.program_info(found.program_id)
+        except OSError:
+            return False
+        return (tag, map_ids) == (program.tag, program.map_ids)
+
+    def _detach(self, attachment: Attachment) -> None:
+        if (index := netlink.find_index(self._ipr, attachment.device)) is None:
+            return
+        for found in tc.find_filters(self._ipr, index):
+            if found.direction == _DIRECTIONS[attachment.direction]:
+                tc.detach(self._ipr, found)
+
+
+def remove_pins(directory: Path) -> None:
+    """The directory is Meshwire's own. Raises OSError."""
+    if not directory.exists():
+        return
+    for pin in directory.iterdir():
+        pin.unlink()
+    directory.rmdir()

@@ -1,0 +1,57 @@
+"""Where the agent runs and keeps things, from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshwire.api import names
+
+
+class InvalidEnvironment(Exception):
+    """A variable is missing or malformed; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """`metrics_address` is (host, port); port 0 serves none."""
+
+    node: str
+    namespace: str
+    state_directory: Path
+    pin_directory: Path
+    run_directory: Path
+    proc_sys: Path
+    metrics_address: tuple[str, int]
+
+    @property
+    def sealing_key_file(self) -> Path:
+        return self.state_directory / "sealing.key"
+
+    @property
+    def held_keys_file(self) -> Path:
+        return self.state_directory / "keys.json"
+
+    @property
+    def config_file(self) -> Path:
+        return self.state_directory / "config.json"
+
+
+def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Raises InvalidEnvironment."""
+    node = environ.get("NODE_NAME") or os.uname().nodename
+    address = environ.get("MESHWIRE_METRICS_ADDRESS", "127.0.0.1:9871")
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal():
+        raise InvalidEnvironment(f"MESHWIRE_METRICS_ADDRESS is {address!r}, not HOST:PORT")
+    return Settings(
+        node=node,
+        namespace=environ.get("POD_NAMESPACE", names.NAMESPACE),
+        state_directory=Path(environ.get("MESHWIRE_STATE_DIR", "/var/lib/meshwire")),
+        pin_directory=Path(environ.get("MESHWIRE_BPFFS", "/sys/fs/bpf/meshwire")),
+        run_directory=Path(environ.get("MESHWIRE_RUN_DIR", "/run/meshwire")),
+        proc_sys=Path(environ.get("MESHWIRE_PROC_SYS", "/proc/sys")),
+        metrics_address=(host.strip("[]"), int(port)),
+    )

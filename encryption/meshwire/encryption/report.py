@@ -1,0 +1,167 @@
+"""What a node says of itself in MeshNode.status, from what it should be and what it is. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from meshwire.api import conditions, names
+from meshwire.api.meshnode import Phase, Status
+from meshwire.encryption.model import (
+    HANDSHAKE_LIFETIME,
+    Desired,
+    Device,
+    Observed,
+    Problem,
+    SettingsFlags,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Packets since the datapath was loaded."""
+
+    leaked: int = 0
+    dropped: int = 0
+
+
+def report(
+    desired: Desired | None,
+    observed: Observed,
+    *,
+    previous: Status,
+    generation: int,
+    sealing_key: str,
+    problems: Sequence[Problem],
+    counts: Counts,
+    version: str,
+) -> Status:
+    """The status to publish. `generation` is that of the spec which `desired` came from, `problems` what
+    went wrong besides `desired.problems`; `previous` gives the condition's transition time."""
+    status = replace(
+        previous,
+        observed_generation=generation,
+        sealing_key=sealing_key,
+        implementation=observed.implementation,
+        leaked=counts.leaked,
+        dropped=counts.dropped,
+        agent_version=version,
+    )
+    everything = [*problems, *(desired.problems if desired else ())]
+    if desired is None:
+        everything.append(
+            Problem("WaitingForOperator", "the operator has not given this node a number and a phase")
+        )
+        return _with_condition(status, False, everything, "", "", observed)
+
+    device = next((device for device in desired.devices if device.epoch == desired.epoch), None)
+    state = observed.wireguard.get(names.device_name(desired.epoch)) if desired.epoch else None
+    prepared = device is not None and is_prepared(device, observed)
+    status = replace(
+        status,
+        prepared_epoch=desired.epoch if prepared else 0,
+        active_epoch=_active_epoch(desired, observed, prepared),
+        strict=_is_strict(desired, observed),
+        peers=len(state.peers) if state else 0,
+        handshakes=sum(
+            observed.now - peer.handshake < HANDSHAKE_LIFETIME
+            for peer in (state.peers.values() if state else ())
+        ),
+    )
+    done, reason, message = _progress(desired, observed, status)
+    return _with_condition(status, done, everything, reason, message, observed)
+
+
+def is_prepared(device: Device, observed: Observed) -> bool:
+    """The device is up with its key, port and peers."""
+    link, state = observed.links.get(device.name), observed.wireguard.get(device.name)
+    if link is None or not link.up or state is None:
+        return False
+    return (
+        state.public_key == device.key.public_key
+        and state.port == device.port
+        and all(
+            peer.public_key in state.peers and peer.allowed_ips <= state.peers[peer.public_key].allowed_ips
+            for peer in device.peers
+        )
+    )
+
+
+def unmoved(desired: Desired, observed: Observed) -> frozenset[int]:
+    """Numbers of live nodes that are not reached through the epoch's device yet."""
+    link = observed.links.get(names.device_name(desired.epoch))
+    nodes = observed.datapath.nodes if observed.datapath else {}
+    return frozenset(
+        number for number in desired.live_ids if link is None or nodes.get(number) != link.index
+    )
+
+
+def _active_epoch(desired: Desired, observed: Observed, prepared: bool) -> int:
+    match desired.phase:
+        case Phase.ENABLING:
+            return desired.epoch if prepared and not unmoved(desired, observed) else 0
+        case Phase.ENFORCING | Phase.DISABLING:
+            # Nothing leaves by another way: who is not reached through the epoch is not reached.
+            return desired.epoch if prepared else 0
+        case Phase.DRAINING:
+            return desired.epoch if observed.datapath and observed.datapath.nodes else 0
+        case Phase.OFF:
+            return 0
+
+
+def _is_strict(desired: Desired, observed: Observed) -> bool:
+    settings = observed.datapath.settings if observed.datapath else None
+    return (
+        settings is not None
+        and SettingsFlags.STRICT in settings.flags
+        and desired.attachments <= observed.attachments
+    )
+
+
+def _progress(desired: Desired, observed: Observed, status: Status) -> tuple[bool, str, str]:
+    """(order carried out, reason, message)."""
+    if desired.phase is Phase.OFF:
+        return True, "Off", "encryption is off"
+    if desired.phase is Phase.DRAINING:
+        return status.active_epoch == 0, "Preparing", "leaving the tunnels"
+    if not status.prepared_epoch:
+        return False, "Preparing", f"setting up epoch {desired.epoch}"
+    if desired.phase is Phase.ENABLING and status.active_epoch == 0:
+        waiting = len(unmoved(desired, observed))
+        return (
+            False,
+            "Preparing",
+            f"waiting for the first handshake with {waiting} of {len(desired.live_ids)} nodes",
+        )
+    if desired.strict and not status.strict:
+        return False, "Preparing", "the drop is not in force yet"
+    return True, "Ready", f"epoch {desired.epoch} carries all traffic to other nodes' pods"
+
+
+def _with_condition(
+    status: Status, done: bool, problems: Sequence[Problem], reason: str, message: str, observed: Observed
+) -> Status:
+    blocking = [problem for problem in problems if problem.blocking]
+    messages = [problem.message for problem in (*blocking, *(p for p in problems if not p.blocking))]
+    ready = done and not blocking
+    return replace(
+        status,
+        conditions=conditions.set_condition(
+            status.conditions,
+            type=conditions.READY,
+            status=ready,
+            reason=blocking[0].reason if blocking else reason,
+            message="; ".join(dict.fromkeys([*messages] or [message])),
+            observed_generation=status.observed_generation,
+            now=datetime.fromtimestamp(observed.now, UTC),
+        ),
+    )
+
+
+def is_urgent(old: Status, new: Status) -> bool:
+    """Whether others wait for what changed. Counters may be late: every node hears of every write."""
+    counters_as_before = replace(
+        new, peers=old.peers, handshakes=old.handshakes, leaked=old.leaked, dropped=old.dropped
+    )
+    return counters_as_before != old
