@@ -45,26 +45,26 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def bpf(command: int, attributes: ctypes.Array[ctypes.c_char]) -> int:
+def bpf(command: int, arguments: ctypes.Array[ctypes.c_char]) -> int:
     """The call's result. Raises OSError; ENOSYS where this machine's number is not known here."""
     number = NUMBERS.get(platform.machine())
     if number is None:
         raise OSError(38, f"bpf(2) has no known number on {platform.machine()}")
-    result: int = _libc().syscall(number, command, attributes, len(attributes))
+    result: int = _libc().syscall(number, command, arguments, len(arguments))
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     return result
 
 
-def _attributes(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
-    # Zero beyond what is given: that is how the kernel extends the union.
+def attributes(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
+    """A `union bpf_attr` that starts with these values; the rest is zero, as the kernel wants it."""
     return ctypes.create_string_buffer(struct.pack(layout, *values), 128)
 
 
 def create_map(kind: int, *, key_size: int, value_size: int, max_entries: int, flags: int = 0) -> int:
     """A file descriptor; the map goes when it is closed. Raises OSError."""
-    return bpf(BPF_MAP_CREATE, _attributes("=5I", kind, key_size, value_size, max_entries, flags))
+    return bpf(BPF_MAP_CREATE, attributes("=5I", kind, key_size, value_size, max_entries, flags))
 
 
 def load_pass_program() -> int:
@@ -74,7 +74,7 @@ def load_pass_program() -> int:
     license = ctypes.create_string_buffer(b"GPL")
     return bpf(
         BPF_PROG_LOAD,
-        _attributes("=2I2Q", BPF_PROG_TYPE_SCHED_CLS, 2, ctypes.addressof(code), ctypes.addressof(license)),
+        attributes("=2I2Q", BPF_PROG_TYPE_SCHED_CLS, 2, ctypes.addressof(code), ctypes.addressof(license)),
     )
 
 
@@ -82,18 +82,18 @@ def attached_programs(ifindex: int, attach_type: int) -> list[int]:
     """Ids of the programs on a device's tcx hook, in running order. Raises OSError: EINVAL before Linux
     6.6."""
     ids = (ctypes.c_uint32 * MAX_PROGRAMS)()
-    attributes = _attributes("=4IQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), MAX_PROGRAMS)
-    bpf(BPF_PROG_QUERY, attributes)
-    (count,) = struct.unpack_from("=I", attributes.raw, 24)
+    query = attributes("=4IQI", ifindex, attach_type, 0, 0, ctypes.addressof(ids), MAX_PROGRAMS)
+    bpf(BPF_PROG_QUERY, query)
+    (count,) = struct.unpack_from("=I", query.raw, 24)
     return list(ids[:count])
 
 
 def program_name(program_id: int) -> str:
     """Up to 15 characters; empty for a program without one. Raises OSError."""
-    fd = bpf(BPF_PROG_GET_FD_BY_ID, _attributes("=I", program_id))
+    fd = bpf(BPF_PROG_GET_FD_BY_ID, attributes("=I", program_id))
     try:
         info = ctypes.create_string_buffer(80)
-        bpf(BPF_OBJ_GET_INFO_BY_FD, _attributes("=2IQ", fd, len(info), ctypes.addressof(info)))
+        bpf(BPF_OBJ_GET_INFO_BY_FD, attributes("=2IQ", fd, len(info), ctypes.addressof(info)))
         # struct bpf_prog_info: name follows 64 bytes of numbers.
         return info.raw[64:80].split(b"\0")[0].decode(errors="replace")
     finally:

@@ -369,7 +369,7 @@ def judge_firewall(firewall: Firewall, ports: Sequence[int]) -> Iterator[Finding
         yield skipped("firewall", "nftables' rules can't be listed", todo="run as root, with nft installed")
         return
     dropping = [chain for chain in firewall.chains if chain.policy == "drop"]
-    named = all(any(str(port) in text for text in firewall.texts) for port in ports)
+    named = all(any(_speaks_of(rule, port) for rule in firewall.texts) for port in ports)
     quiet = True
     for chain in dropping:
         if chain.hook == "input" and not named:
@@ -401,6 +401,13 @@ def judge_firewall(firewall: Firewall, ports: Sequence[int]) -> Iterator[Finding
         )
     if quiet:
         yield passed("firewall", "no base chain drops by policy what Meshwire needs")
+
+
+def _speaks_of(rule: str, port: int) -> bool:
+    """Whether the rule names the destination port, alone, in a set or in a range."""
+    _, _, ports = rule.partition("dport")
+    ranges = re.findall(r"(\d+)(?:[-:](\d+))?", ports)
+    return any(int(low) <= port <= int(high or low) for low, high in ranges)
 
 
 def judge_libbpf(error: str) -> Iterator[Finding]:

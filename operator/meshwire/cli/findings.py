@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,7 +56,16 @@ def worst(findings: Iterable[Finding]) -> Level:
     return max((finding.level for finding in findings), key=order.index, default=Level.PASS)
 
 
-STYLES = {Level.PASS: "green", Level.SKIP: "dim", Level.WARN: "yellow", Level.FAIL: "bold red"}
+PIPE_COLUMNS: Final = 200
+STYLES: Final = {Level.PASS: "green", Level.SKIP: "dim", Level.WARN: "yellow", Level.FAIL: "bold red"}
+
+
+def make_console() -> Console:
+    """As wide as the terminal; wide enough for any line where the output goes to a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_COLUMNS)
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:

@@ -19,7 +19,7 @@ from meshwire.api.meshconfig import MeshConfig
 from meshwire.cli import checks, cluster, probes
 from meshwire.cli.cluster import ClusterUnavailable
 from meshwire.cli.facts import ClusterFacts, ClusterNode
-from meshwire.cli.findings import Finding, Level, print_findings, skipped, worst
+from meshwire.cli.findings import Finding, Level, make_console, print_findings, skipped, worst
 
 Facts = TypeVar("Facts")
 
@@ -228,7 +228,5 @@ def preflight(
         findings = [finding.as_json() for finding in found]
         click.echo(json.dumps({"ok": level is not Level.FAIL, "findings": findings}, indent=2))
     else:
-        from rich.console import Console
-
-        print_findings(Console(), found)
+        print_findings(make_console(), found)
     raise SystemExit(1 if level is Level.FAIL else 0)

@@ -24,8 +24,7 @@ ETH_P_ALL: Final = 3
 
 def unshare(flags: int) -> None:
     """unshare(2) for this thread. Raises OSError."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(flags):
+    if ctypes.CDLL(None, use_errno=True).unshare(flags):
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
 

@@ -17,7 +17,7 @@ from meshwire.api.meshstatus import MeshStatus
 from meshwire.cli import cluster
 from meshwire.cli.cluster import API, ClusterUnavailable
 from meshwire.cli.diagnosis import Snapshot, age, as_json, diagnose, is_ready, key_age
-from meshwire.cli.findings import print_findings
+from meshwire.cli.findings import make_console, print_findings
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -91,9 +91,7 @@ def status(
     if output == "json":
         click.echo(json.dumps(as_json(snapshot, datetime.now(UTC)), indent=2))
     else:
-        from rich.console import Console
-
-        print_status(Console(), snapshot)
+        print_status(make_console(), snapshot)
     raise SystemExit(0 if is_ready(snapshot) else 1)
 
 
@@ -107,9 +105,7 @@ def _wait(reader: cluster.Reader, timeout: float) -> Snapshot:
 
 def _watch(reader: cluster.Reader) -> None:
     """Ends with the user's interrupt, or ClusterUnavailable."""
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
     while True:
         snapshot = read_snapshot(reader)
         console.clear()
@@ -118,7 +114,7 @@ def _watch(reader: cluster.Reader) -> None:
 
 
 def print_status(console: Console, snapshot: Snapshot) -> None:
-    """The mesh, its nodes, and what is wrong."""
+    """The mesh, its nodes (peers: with a fresh handshake / all), and what is wrong."""
     console.print(_mesh_table(snapshot))
     if snapshot.meshnodes:
         console.print()
@@ -157,11 +153,9 @@ def _node_table(snapshot: Snapshot) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("Node")
+    table.add_column("Node", no_wrap=True)
     table.add_column("WireGuard")
     table.add_column("Peers", justify="right")
-    table.add_column("Fresh", justify="right")
-    table.add_column("Phase")
     table.add_column("Epoch", justify="right")
     table.add_column("Strict")
     table.add_column("Leaked", justify="right")
@@ -174,9 +168,10 @@ def _node_table(snapshot: Snapshot) -> RenderableType:
         table.add_row(
             Text(node.name),
             reported.implementation,
-            str(reported.peers),
-            Text(str(reported.handshakes), style="yellow" if reported.handshakes < reported.peers else ""),
-            node.spec.phase,
+            Text(
+                f"{reported.handshakes}/{reported.peers}",
+                style="yellow" if reported.handshakes < reported.peers else "",
+            ),
             epochs(node),
             "yes" if reported.strict else "no",
             _count(reported.leaked, "bold red"),
