@@ -102,6 +102,7 @@ def observe_and_plan(
             links=observed.links,
             routes=observed.routes,
             implementation=observed.implementation,
+            hold=problem is not None and not observed.pinned,
         )
     )
     return Look(

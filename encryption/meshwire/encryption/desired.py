@@ -61,6 +61,9 @@ class Inputs:
     links: Mapping[str, Link] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
     implementation: Implementation = Implementation.KERNEL
+    hold: bool = False
+    """The MeshConfig can't be carried out here and nothing of ours is in place: a node that doesn't encrypt yet
+    doesn't begin to."""
 
 
 def missing_devices(config: MeshConfig, links: Mapping[str, Link]) -> tuple[str, ...]:
@@ -73,8 +76,8 @@ def desired(inputs: Inputs) -> Desired | None:
     if (own := _own_order(inputs)) is None:
         return None
     phase, epoch = own.spec.phase, own.spec.epoch
-    if phase is Phase.OFF:
-        return Desired(phase=phase)
+    if phase is Phase.OFF or (phase is Phase.ENABLING and inputs.hold):
+        return Desired(phase=Phase.OFF)
 
     accepted, problems = _accept(inputs, own)
     strict = phase is Phase.ENFORCING and inputs.config.encryption.mode is Mode.STRICT
@@ -207,7 +210,7 @@ def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Probl
                 problems.append(
                     Problem(
                         "DuplicateAddress",
-                        f"{network} of node {name} overlaps {other} of node {owner}, which is older and keeps it",
+                        f"{network} of node {name} overlaps {other} of the older node {owner}, which keeps it",
                         blocking=False,
                     )
                 )
