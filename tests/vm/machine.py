@@ -1,7 +1,7 @@
 """A virtual machine that runs one command, as root, on the host's root file system under another kernel.
 
-It needs QEMU alone: no KVM, no disk image, nothing prepared for the guest. The host's files are read-only to it;
-what it writes stays in its memory and is gone afterwards. Emulated, everything takes 10 to 25 times longer."""
+It needs QEMU alone: no KVM, no disk image, nothing prepared for the guest. The host's files are read-only to
+it; what it writes stays in its memory and is gone afterwards. Emulated, all takes 10 to 25 times as long."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.vm.kernel import Kernel, KernelUnavailable, fetch
 QEMU: Final = "qemu-system-x86_64"
 HERE: Final = Path(__file__).parent
 ACCELERATOR: Final = "MESHWIRE_VM_ACCELERATOR"
-"""Environment variable: `kvm` makes it fast where KVM works. Not tried unasked: where it is there and doesn't work,
-the machine hangs silently."""
+"""Environment variable: `kvm` makes it fast where KVM works. Not tried unasked, because there are machines that
+offer a KVM on which the guest hangs without a word."""
 
 BOOT_MODULES: Final = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
 """What reaching the root file system and reporting takes; everything else is loaded on demand from there."""
@@ -68,8 +68,8 @@ def run(
     memory: str = "3G",
     processors: int = 2,
 ) -> Completed:
-    """Boots `kernel`, runs `command` in `folder`, stops; `timeout` (seconds) is for all of it. In the folder `logs`,
-    `output` and `console` (the kernel's messages) grow while the machine runs. Raises MachineFailed."""
+    """Boots `kernel`, runs `command` in `folder`, stops; `timeout` (seconds) is for all of it. In the folder
+    `logs`, `output` and `console` (the kernel's messages) grow meanwhile. Raises MachineFailed."""
     qemu = shutil.which(QEMU)
     if not qemu:
         raise MachineFailed(f"{QEMU} is not installed")
