@@ -23,7 +23,7 @@ from tests.vm.kernel import Kernel, KernelUnavailable, fetch
 QEMU: Final = "qemu-system-x86_64"
 HERE: Final = Path(__file__).parent
 ACCELERATOR: Final = "MESHWIRE_VM_ACCELERATOR"
-"""Environment variable: `kvm` makes it fast where KVM works. Not tried unasked, because there are machines that
+"""Environment variable: `kvm` makes it fast where KVM works. Not tried unasked: there are machines that
 offer a KVM on which the guest hangs without a word."""
 
 BOOT_MODULES: Final = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
