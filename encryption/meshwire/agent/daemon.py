@@ -15,7 +15,7 @@ import kopf
 
 from meshwire.agent import metrics, state
 from meshwire.agent.kernel import Kernel
-from meshwire.agent.loop import Agent, describe, observe_and_plan
+from meshwire.agent.loop import Agent, Look, describe, observe_and_plan
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World, make_registry
 from meshwire.encryption import keys, netlink
@@ -62,24 +62,26 @@ async def preview(settings: Settings, cluster: Cluster) -> None:
 
     watch = asyncio.create_task(watch_forever(settings, cluster, publish))
     snapshot = await first
-    kernel = Kernel(settings)
     try:
-        look = await asyncio.to_thread(
-            observe_and_plan,
-            kernel,
-            settings.node,
-            snapshot(),
-            held=keys.read_held(settings.held_keys_file),
-            last_good=state.read_config(settings.config_file),
-        )
+        look = await asyncio.to_thread(_look_once, settings, snapshot())
     finally:
-        kernel.close()
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
     for problem in look.problems:
         print(f"! {problem.reason}: {problem.message}")
     for action in look.todo:
         print(action)
+
+
+def _look_once(settings: Settings, world: World) -> Look:
+    with contextlib.closing(Kernel(settings)) as kernel:
+        return observe_and_plan(
+            kernel,
+            settings.node,
+            world,
+            held=keys.read_held(settings.held_keys_file),
+            last_good=state.read_config(settings.config_file),
+        )
 
 
 async def watch_forever(

@@ -62,13 +62,13 @@ class _Loaded:
 
 
 class Kernel:
-    """Observes and applies. Raises NetlinkError, OSError, loader.Refused, loader.IncompatibleMap,
+    """Observes and applies, from one thread that runs no event loop: pyroute2 brings its own. Raises NetlinkError, OSError, loader.Refused, loader.IncompatibleMap,
     tc.Conflict and userspace.CannotStart; whatever was done before stays, and the next observation sees
     it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._ipr = IPRoute()
+        self._socket: IPRoute | None = None
         self._loaded: _Loaded | None = None
         self._kernel_wireguard = False
         self._probe_after = 0.0
@@ -81,7 +81,15 @@ class Kernel:
         if self._loaded:
             self._loaded.close()
             self._loaded = None
-        self._ipr.close()
+        if self._socket:
+            self._socket.close()
+            self._socket = None
+
+    @property
+    def _ipr(self) -> IPRoute:
+        if self._socket is None:
+            self._socket = IPRoute()
+        return self._socket
 
     def observe(self, userspace_mode: Userspace, sysctls: Iterable[str] = ()) -> Observed:
         links = netlink.observe_links(self._ipr)

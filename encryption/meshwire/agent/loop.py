@@ -183,8 +183,8 @@ class Agent:
 
     def close(self) -> None:
         """The datapath stays in force."""
+        self._thread.submit(self._kernel.close)
         self._thread.shutdown()
-        self._kernel.close()
 
     def _note(self, outcome: Outcome) -> None:
         self._failures = self._failures + 1 if outcome.failed else 0

@@ -90,7 +90,7 @@ def make_registry(
             private_key_path=str(cluster.key_file) if cluster.key_file else None,
         )
 
-    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, registry=registry)
+    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="members", registry=registry)
     def members(body: kopf.Body, **_: Any) -> Mapping[str, Member] | None:
         try:
             parsed = MeshNode.from_object(
@@ -107,7 +107,7 @@ def make_registry(
             )
         }
 
-    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, registry=registry)
+    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="statuses", registry=registry)
     def statuses(body: kopf.Body, **_: Any) -> Mapping[str, Status]:
         if body["metadata"]["name"] != node:
             return {}
@@ -116,11 +116,11 @@ def make_registry(
         except InvalidSpec:
             return {node: Status()}
 
-    @kopf.index("", "v1", "nodes", registry=registry)
+    @kopf.index("", "v1", "nodes", id="nodes", registry=registry)
     def nodes(body: kopf.Body, **_: Any) -> Mapping[str, ClusterNode]:
         return {body["metadata"]["name"]: parse_node(body)}
 
-    @kopf.index(names.GROUP, names.VERSION, names.MESHCONFIGS, registry=registry)
+    @kopf.index(names.GROUP, names.VERSION, names.MESHCONFIGS, id="configs", registry=registry)
     def configs(body: kopf.Body, **_: Any) -> Mapping[str, tuple[MeshConfig | InvalidSpec, dict[str, Any]]]:
         return {body["metadata"]["name"]: parse_config(body)}
 

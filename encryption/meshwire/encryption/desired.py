@@ -62,8 +62,8 @@ class Inputs:
     routes: tuple[Route, ...] = ()
     implementation: Implementation = Implementation.KERNEL
     hold: bool = False
-    """The MeshConfig can't be carried out here and nothing of ours is in place: a node that doesn't encrypt yet
-    doesn't begin to."""
+    """The MeshConfig can't be carried out here and nothing of ours is in place: a node that doesn't encrypt
+    yet doesn't begin to."""
 
 
 def missing_devices(config: MeshConfig, links: Mapping[str, Link]) -> tuple[str, ...]:
@@ -210,7 +210,7 @@ def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Probl
                 problems.append(
                     Problem(
                         "DuplicateAddress",
-                        f"{network} of node {name} overlaps {other} of the older node {owner}, which keeps it",
+                        f"{network} of {name} overlaps {other} of {owner}, which is older and keeps it",
                         blocking=False,
                     )
                 )
