@@ -1,0 +1,53 @@
+"""A datapath of one's own for each test module: programs and maps pinned in a private bpffs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from meshwire.bpf.loader import OBJECTS, Programs
+from meshwire.bpf.maps import Maps
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def objects() -> Path:
+    """The compiled programs, brought up to date."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: loads eBPF programs and mounts a bpffs")
+    subprocess.run(["make", "-s", "-C", ROOT / "bpf"], check=True)
+    return OBJECTS
+
+
+@pytest.fixture(scope="module")
+def bpffs(objects: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bpffs of its own: every mount is a new one."""
+    path = tmp_path_factory.mktemp("bpffs")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, None):
+        raise OSError(ctypes.get_errno(), f"can't mount a bpffs at {path}")
+    yield path
+    libc.umount2(os.fsencode(path), 2)  # MNT_DETACH
+
+
+@pytest.fixture(scope="module")
+def pins(bpffs: Path) -> Path:
+    return bpffs / "meshwire"
+
+
+@pytest.fixture(scope="module")
+def programs(pins: Path, objects: Path) -> Iterator[Programs]:
+    with Programs.load(pins, objects=objects) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def maps(pins: Path, programs: Programs) -> Iterator[Maps]:
+    with Maps.open(pins) as opened:
+        yield opened

@@ -1,0 +1,81 @@
+"""Python's idea of the shared types against the compiler's."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from enum import IntEnum, IntFlag
+from pathlib import Path
+
+import pytest
+
+from meshwire.bpf import btf, layouts
+
+pytestmark = pytest.mark.bpf
+
+BPF = Path(__file__).parents[2] / "bpf"
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "mw_prefix": layouts.Prefix,
+    "mw_address": layouts.Address,
+    "mw_node": layouts.Node,
+    "mw_settings": layouts.Settings,
+    "mw_counter": layouts.Counter,
+}
+ENUMS: dict[str, tuple[type[IntEnum] | type[IntFlag], str]] = {
+    "mw_family": (layouts.Family, "MW_"),
+    "mw_address_flags": (layouts.AddressFlag, "MW_ADDRESS_"),
+    "mw_settings_flags": (layouts.SettingsFlag, "MW_"),
+    "mw_direction": (layouts.Direction, "MW_"),
+    "mw_reason": (layouts.Reason, "MW_"),
+}
+COUNTS = {"MW_DIRECTIONS": len(layouts.Direction), "MW_REASONS": max(layouts.Reason) + 1}
+
+
+@pytest.fixture(scope="module")
+def described(objects: Path) -> dict[str, btf.Layout]:
+    with btf.read_elf(BPF / "ut" / "types.bpf.o") as types:
+        return types.named("mw_")
+
+
+def test_every_shared_type_has_a_mirror(described: dict[str, btf.Layout]) -> None:
+    header = (BPF / "include" / "meshwire" / "types.h").read_text()
+    declared = {" ".join(found) for found in re.findall(r"^(struct|enum) (mw_\w+) \{", header, re.M)}
+    assert declared == {f"struct {name}" for name in STRUCTS} | {f"enum {name}" for name in ENUMS}
+    assert set(described) == declared
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_structs_agree_in_size_and_offsets(name: str, described: dict[str, btf.Layout]) -> None:
+    mirror, layout = STRUCTS[name], described[f"struct {name}"]
+    fields = [(field[0], getattr(mirror, field[0])) for field in mirror._fields_]
+    assert ctypes.sizeof(mirror) == layout.size
+    assert [(field, place.offset, place.size) for field, place in fields] == [
+        (field, bits // 8, kind.size) for field, bits, kind in layout.members
+    ]
+
+
+@pytest.mark.parametrize("name", ENUMS)
+def test_enums_agree_in_names_and_values(name: str, described: dict[str, btf.Layout]) -> None:
+    mirror, prefix = ENUMS[name]
+    in_c = {key: value for key, value in described[f"enum {name}"].values if key not in COUNTS}
+    assert in_c == {f"{prefix}{member.name}": member.value for member in mirror}
+
+
+def test_counts_and_sizes_agree(described: dict[str, btf.Layout]) -> None:
+    values = dict(described["enum mw_reason"].values) | dict(described["enum mw_direction"].values)
+    assert {name: values[name] for name in COUNTS} == COUNTS
+    header = (BPF / "include" / "meshwire" / "types.h").read_text()
+    assert f"#define MW_MAX_PREFIXES {layouts.MAX_PREFIXES}\n" in header
+    assert f"#define MW_MAX_NODES {layouts.MAX_NODES}\n" in header
+
+
+@pytest.mark.parametrize("path", ["to_netdev", "from_netdev", "from_wireguard"])
+def test_the_programs_were_compiled_with_the_same_types(
+    path: str, objects: Path, described: dict[str, btf.Layout]
+) -> None:
+    with btf.read_elf(objects / f"{path}.bpf.o") as types:
+        found = types.named("mw_")
+    shared = set(found) & set(described)
+    assert {"struct mw_prefix", "struct mw_address", "struct mw_settings", "struct mw_counter"} <= shared
+    assert {name: found[name] for name in shared} == {name: described[name] for name in shared}
