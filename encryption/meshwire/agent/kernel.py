@@ -62,9 +62,9 @@ class _Loaded:
 
 
 class Kernel:
-    """Observes and applies, from one thread that runs no event loop: pyroute2 brings its own. Raises NetlinkError, OSError, loader.Refused, loader.IncompatibleMap,
-    tc.Conflict and userspace.CannotStart; whatever was done before stays, and the next observation sees
-    it."""
+    """Observes and applies, from one thread that runs no event loop: pyroute2 brings its own. Raises
+    NetlinkError, OSError, loader.Refused, loader.IncompatibleMap, tc.Conflict and userspace.CannotStart;
+    whatever was done before stays, and the next observation sees it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 DEVICES: Final = ("meshwire_wg0", "meshwire_wg1")
 UAPI_SOCKETS: Final = Path("/var/run/wireguard")
@@ -225,11 +225,8 @@ def _answer(run_directory: Path, connection: socket.socket) -> None:
         stream.write(reply + "\n")
 
 
-def main(environ: Mapping[str, str] = os.environ) -> int:
-    """Serves until SIGTERM; the devices stay."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    run_directory = Path(environ.get("MESHWIRE_RUN_DIR", "/run/meshwire"))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+def serve(run_directory: Path) -> NoReturn:
+    """Raises OSError where it can't listen there."""
     with _listening(run_directory) as listener:
         listener.settimeout(_TICK_SECONDS)
         log.info("listening on %s", run_directory / SOCKET_NAME)
@@ -243,6 +240,13 @@ def main(environ: Mapping[str, str] = os.environ) -> int:
             with connection, contextlib.suppress(OSError):
                 _answer(run_directory, connection)
             _reap()
+
+
+def main(environ: Mapping[str, str] = os.environ) -> int:
+    """Serves until SIGTERM; the devices stay."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    serve(Path(environ.get("MESHWIRE_RUN_DIR", "/run/meshwire")))
 
 
 if __name__ == "__main__":

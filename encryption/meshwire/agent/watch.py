@@ -16,6 +16,7 @@ from meshwire.api.meshconfig import MeshConfig
 from meshwire.api.meshnode import MeshNode, Status
 from meshwire.encryption.model import ClusterNode, Member
 from meshwire.kube.client import Cluster
+from meshwire.kube.login import login
 
 log = logging.getLogger("meshwire.agent")
 
@@ -81,14 +82,8 @@ def make_registry(
     settings.networking.connect_timeout = 5
 
     @kopf.on.login(registry=registry)
-    def login(**_: Any) -> kopf.ConnectionInfo:
-        return kopf.ConnectionInfo(
-            server=cluster.server,
-            ca_path=str(cluster.ca_file) if cluster.ca_file else None,
-            token=cluster.bearer(),
-            certificate_path=str(cluster.certificate_file) if cluster.certificate_file else None,
-            private_key_path=str(cluster.key_file) if cluster.key_file else None,
-        )
+    async def log_in(**_: Any) -> kopf.ConnectionInfo:
+        return await login(cluster)
 
     @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="members", registry=registry)
     def members(body: kopf.Body, **_: Any) -> Mapping[str, Member] | None:
