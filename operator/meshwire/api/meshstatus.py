@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshwire.api import conditions, fields
+from meshwire.api import conditions, fields, names
 from meshwire.api.conditions import Condition
 from meshwire.api.meshnode import Phase
 
@@ -25,6 +25,10 @@ class MeshStatus:
     conditions: tuple[Condition, ...] = ()
     uid: str = field(default="", compare=False)
     resource_version: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        return names.STATUS_NAME
 
     @classmethod
     def from_object(cls, source: Mapping[str, Any]) -> MeshStatus:

@@ -1,0 +1,119 @@
+"""Puts the operator's parts together: watches, lease, loop, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import aiohttp
+import kopf
+import structlog
+
+from meshwire.api import names
+from meshwire.kube.client import ApiError, Client, Cluster
+from meshwire.operator import metrics as metrics_server
+from meshwire.operator.leader import Leader
+from meshwire.operator.loop import Loop
+from meshwire.operator.metrics import Metrics
+from meshwire.operator.settings import Settings
+from meshwire.operator.watches import make_registry, make_settings
+from meshwire.operator.world import MESH_PATH, World
+
+log = structlog.get_logger(__name__)
+
+LEASE: Final = "meshwire-operator"
+KINDS: Final = frozenset({names.MESHCONFIGS, names.MESHNODES, names.MESHSTATUSES})
+RETRY: Final = 2.0
+"""Seconds before watching is tried again, where the CRDs are missing or it ended with an error."""
+
+
+async def run(settings: Settings, cluster: Cluster) -> None:
+    """Until SIGTERM or SIGINT. Raises OSError where the metrics address can't be used."""
+    stop = asyncio.Event()
+    metrics = Metrics()
+    async with Client(cluster) as client:
+        leader = Leader(client, settings.namespace, LEASE, settings.identity)
+        world = World(client, settings.namespace)
+        loop = Loop(client, world, metrics, settings.identity, leads=lambda: leader.leads)
+        leader.changed = loop.leadership_changed
+        runner = None
+        if settings.metrics_address[1]:
+            runner = await metrics_server.serve(
+                metrics, settings.metrics_address, ready=lambda: loop.settled or not leader.leads
+            )
+        tasks = [
+            asyncio.create_task(work, name=name)
+            for name, work in {
+                "lease": _for_ever(leader.run),
+                "loop": _for_ever(loop.run),
+                "events": _for_ever(loop.write_events),
+                "watch": watch(client, cluster, loop, stop, namespace=settings.namespace),
+            }.items()
+        ]
+        try:
+            await stop.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            # Last: whoever takes over must find nothing of ours under way.
+            await leader.release()
+            if runner:
+                await runner.cleanup()
+
+
+async def watch(
+    client: Client, cluster: Cluster, loop: Loop, stop: asyncio.Event, *, namespace: str
+) -> None:
+    """Runs kopf until a signal comes, then sets `stop`. kopf watches only kinds that exist when it starts,
+    and ends for good on some errors."""
+    complaint = ""
+    while True:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        try:
+            if missing := await _missing_kinds(client):
+                problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
+            else:
+                # It takes the signals over, and returns when one comes.
+                await kopf.operator(
+                    registry=make_registry(cluster, loop.publish),
+                    settings=make_settings(),
+                    namespaces=[namespace],
+                    stop_flag=stop,
+                )
+                stop.set()
+                return
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem != complaint:
+            log.warning("can't watch the API server, trying again", error=problem)
+            complaint = problem
+        loop.world.relist_at = 0.0
+        await asyncio.sleep(RETRY)
+
+
+async def _missing_kinds(client: Client) -> frozenset[str]:
+    try:
+        found = await client.get(MESH_PATH)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return KINDS
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ConnectionError(f"the API server does not answer: {error}") from None
+    return KINDS - {resource["name"] for resource in found["resources"]}
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    """kopf, when it ends, cancels every task made since it began, whoever made it. Who was not meant goes
+    on."""
+    while True:
+        try:
+            await work()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise

@@ -1,0 +1,37 @@
+"""WireGuard key pairs, and sealing their private halves to a node. A private key never leaves this module
+unsealed."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+
+from nacl.exceptions import CryptoError
+from nacl.public import PrivateKey, PublicKey, SealedBox
+
+
+class UnusableSealingKey(Exception):
+    """What a node published as its sealing key can't be sealed to."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedKey:
+    """`public_key` is base64, `sealed` what only the node can open (docs/architecture.md, Keys)."""
+
+    public_key: str
+    sealed: bytes
+
+
+def issue(*, node: str, epoch: int, sealing_key: str) -> SealedKey:
+    """A new key pair for this node and epoch, its private half sealed to `sealing_key` (base64). Raises
+    UnusableSealingKey."""
+    pair = PrivateKey.generate()
+    # Name and epoch are sealed in: a Secret put in another node's place, or an old one put back, is
+    # refused there.
+    content = b"\0".join((node.encode(), str(epoch).encode(), bytes(pair)))
+    try:
+        box = SealedBox(PublicKey(base64.b64decode(sealing_key, validate=True)))
+        sealed = box.encrypt(base64.b64encode(content))
+    except (CryptoError, ValueError, TypeError):
+        raise UnusableSealingKey(f"the sealing key of node {node} is not a usable X25519 key") from None
+    return SealedKey(base64.b64encode(bytes(pair.public_key)).decode(), sealed)

@@ -1,0 +1,95 @@
+"""The operator's Prometheus metrics, and the endpoints a kubelet asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from meshwire.api.meshnode import Phase
+from meshwire.api.meshstatus import MeshStatus
+
+
+class Metrics:
+    """One registry with everything in it."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.leader = Gauge("meshwire_operator_leader", "1 on the replica that acts", registry=self.registry)
+        self.rounds = Histogram(
+            "meshwire_operator_reconcile_seconds", "Time of one look at everything", registry=self.registry
+        )
+        self.actions = Counter(
+            "meshwire_operator_actions_total",
+            "Writes to the API by kind and result (done, conflict, failed)",
+            ["action", "result"],
+            registry=self.registry,
+        )
+        self.failures = Counter(
+            "meshwire_operator_failed_rounds_total", "Looks that an error cut short", registry=self.registry
+        )
+        self.nodes = Gauge("meshwire_nodes", "Nodes of the cluster", registry=self.registry)
+        self.nodes_ready = Gauge(
+            "meshwire_nodes_ready", "Live nodes that have carried out their orders", registry=self.registry
+        )
+        self.phase = Gauge(
+            "meshwire_phase",
+            "1 for the phase the nodes are ordered to be in",
+            ["phase"],
+            registry=self.registry,
+        )
+        self.epoch = Gauge("meshwire_epoch", "Highest epoch of keys ever used", registry=self.registry)
+        self.epoch_started = Gauge(
+            "meshwire_epoch_started_timestamp_seconds",
+            "When the first key in use was made; 0 without keys",
+            registry=self.registry,
+        )
+        self.leaked = Gauge(
+            "meshwire_leaked_packets",
+            "Packets between pods seen in clear while encryption was in force, as MeshStatus has it",
+            registry=self.registry,
+        )
+        self.conflicts = Gauge(
+            "meshwire_conflicts",
+            "Addresses, pod CIDRs and keys that two nodes claim",
+            registry=self.registry,
+        )
+
+    def observe(self, status: MeshStatus, conflicts: int) -> None:
+        """Takes over what a plan found."""
+        self.nodes.set(status.nodes)
+        self.nodes_ready.set(status.nodes_ready)
+        self.epoch.set(status.epoch)
+        self.leaked.set(status.leaked)
+        self.conflicts.set(conflicts)
+        started = datetime.fromisoformat(status.epoch_started_at) if status.epoch_started_at else None
+        self.epoch_started.set(started.timestamp() if started else 0)
+        for phase in Phase:
+            self.phase.labels(str(phase)).set(phase is status.phase)
+
+
+async def serve(metrics: Metrics, address: tuple[str, int], *, ready: Callable[[], bool]) -> web.AppRunner:
+    """Serves /metrics, /healthz and /readyz until the runner is cleaned up. Raises OSError."""
+
+    async def show(request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
+        )
+
+    async def healthy(request: web.Request) -> web.Response:
+        # Whoever answers has a running event loop. A cluster that is down is no reason to restart us.
+        return web.Response(text="ok")
+
+    async def is_ready(request: web.Request) -> web.Response:
+        return web.Response(text="ok") if ready() else web.Response(status=503, text="still looking around")
+
+    app = web.Application()
+    app.add_routes([web.get("/metrics", show), web.get("/healthz", healthy), web.get("/readyz", is_ready)])
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    host, port = address
+    await web.TCPSite(runner, host, port).start()
+    return runner

@@ -1,0 +1,376 @@
+"""From what is known of the cluster to what is to be written next. Pure: inputs in, actions out.
+
+The actions of one plan are independent of one another; whoever applies them may stop, fail or crash after
+any. What then is there is the input of the next plan. An empty plan means that all is as it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import chain
+
+from meshwire.api import conditions
+from meshwire.api.conditions import Condition
+from meshwire.api.fields import Network
+from meshwire.api.meshconfig import Mode
+from meshwire.api.meshnode import MeshNode, Phase, Spec
+from meshwire.api.meshstatus import MeshStatus
+from meshwire.operator import claims, phases, summary
+from meshwire.operator.cidrs import covers
+from meshwire.operator.claims import Conflict, Share
+from meshwire.operator.objects import Config, KeySecret, Node
+from meshwire.operator.phases import Order
+
+ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
+"""Phases in which nodes get keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Everything by node name. `status` None: there is no MeshStatus yet. `found_cidrs`: what the
+    cluster's own configuration tells of its pod CIDRs; None where it couldn't be read. `recent_ids`:
+    numbers freed lately, the longest free first."""
+
+    nodes: Mapping[str, Node]
+    mesh_nodes: Mapping[str, MeshNode]
+    secrets: Mapping[str, KeySecret]
+    config: Config | None
+    status: MeshStatus | None
+    found_cidrs: tuple[Network, ...] | None
+    recent_ids: tuple[int, ...]
+    now: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class CreateMeshNode:
+    node: str
+    owner: str
+    """uid of the Node"""
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class PatchSpec:
+    node: str
+    resource_version: str
+    spec: Spec
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteMeshNode:
+    """`owner`: uid of the Node that is gone."""
+
+    node: str
+    uid: str
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class IssueKey:
+    """A new key pair for the node and the epoch, into the Secret; `secret` is the one to replace.
+    `renewed` where a key of this epoch was there before."""
+
+    node: str
+    epoch: int
+    sealing_key: str
+    owner: str
+    """uid of the MeshNode"""
+    secret: KeySecret | None
+    renewed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptSecret:
+    """The Secret names a MeshNode that is gone as its owner: name the present one."""
+
+    secret: KeySecret
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSecret:
+    secret: KeySecret
+
+
+@dataclass(frozen=True, slots=True)
+class LiftTaint:
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteConfigStatus:
+    resource_version: str
+    conditions: tuple[Condition, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteStatus:
+    """`create`: the MeshStatus has to be made first."""
+
+    status: MeshStatus
+    create: bool
+    previous: Phase
+
+
+Action = (
+    CreateMeshNode
+    | PatchSpec
+    | DeleteMeshNode
+    | IssueKey
+    | AdoptSecret
+    | DeleteSecret
+    | LiftTaint
+    | WriteConfigStatus
+    | WriteStatus
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """`conflicts` and `status` are for events and metrics."""
+
+    actions: tuple[Action, ...] = ()
+    conflicts: tuple[Conflict, ...] = ()
+    status: MeshStatus = field(default_factory=MeshStatus)
+
+
+def reconcile(inputs: Inputs) -> Plan:
+    """The next writes."""
+    # A Node that was deleted and made anew under its old name is another node: its MeshNode has to go first.
+    departed = {
+        name: node
+        for name, node in inputs.mesh_nodes.items()
+        if name not in inputs.nodes or (node.owner and node.owner != inputs.nodes[name].uid)
+    }
+    mesh_nodes = {name: node for name, node in inputs.mesh_nodes.items() if name not in departed}
+    nodes = {name: node for name, node in inputs.nodes.items() if name not in departed}
+    previous = inputs.status or MeshStatus()
+
+    highest = highest_epoch(inputs)
+    order = _next_order(inputs, mesh_nodes, previous, highest)
+    highest = max(highest, order.epoch)
+    cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
+    shares, conflicts = claims.settle(nodes, mesh_nodes, inputs.secrets)
+    numbers = claims.allocate_ids(
+        sorted(nodes, key=lambda name: (nodes[name].created, name)),
+        inputs.mesh_nodes,
+        recent=inputs.recent_ids,
+    )
+    specs = {
+        name: _spec(mesh_nodes.get(name), numbers[name], shares[name], cidrs, order)
+        for name in sorted(nodes)
+        if name in numbers
+    }
+    status = summary.summarize(
+        summary.View(
+            nodes=inputs.nodes,
+            mesh_nodes=mesh_nodes,
+            order=order,
+            highest_epoch=highest,
+            mode=inputs.config.config.encryption.mode
+            if inputs.config and inputs.config.config
+            else Mode.STRICT,
+            has_keys=any(secret.public_key(order.epoch) for secret in inputs.secrets.values()),
+            conflicts=conflicts,
+            config_problem=problem,
+            scope=scope,
+            previous=previous,
+            now=inputs.now,
+        )
+    )
+    actions = chain(
+        (DeleteMeshNode(name, node.uid, node.owner) for name, node in sorted(departed.items())),
+        _secret_actions(inputs, mesh_nodes, order),
+        (
+            CreateMeshNode(name, nodes[name].uid, spec)
+            for name, spec in specs.items()
+            if name not in mesh_nodes
+        ),
+        (
+            PatchSpec(name, mesh_nodes[name].resource_version, spec)
+            for name, spec in specs.items()
+            if name in mesh_nodes and mesh_nodes[name].spec != spec
+        ),
+        (
+            LiftTaint(name)
+            for name, node in sorted(nodes.items())
+            if node.tainted and name in mesh_nodes and mesh_nodes[name].ready
+        ),
+        _config_actions(inputs, problem),
+        (
+            [WriteStatus(status, inputs.status is None, previous.phase)]
+            if inputs.status is None or status != inputs.status
+            else []
+        ),
+    )
+    return Plan(actions=tuple(actions), conflicts=conflicts, status=status)
+
+
+def highest_epoch(inputs: Inputs) -> int:
+    """Over everything the operator itself has written: no agent can push it up."""
+    return max(
+        chain(
+            [inputs.status.epoch if inputs.status else 0],
+            (node.spec.epoch for node in inputs.mesh_nodes.values()),
+            (key.epoch for node in inputs.mesh_nodes.values() for key in node.spec.keys),
+            (key.epoch for secret in inputs.secrets.values() for key in secret.keys),
+        )
+    )
+
+
+def _next_order(
+    inputs: Inputs, mesh_nodes: Mapping[str, MeshNode], previous: MeshStatus, highest: int
+) -> Order:
+    # All nodes gone at once and back again: what enforced before enforces still.
+    fallback = (
+        Order(Phase.ENFORCING, previous.epoch) if previous.phase is Phase.ENFORCING else Order(Phase.OFF, 0)
+    )
+    order = phases.given(
+        (Order(node.spec.phase, node.spec.epoch) for node in inputs.mesh_nodes.values()), fallback=fallback
+    )
+    if inputs.config and inputs.config.config is None:
+        # It can't be read: nobody can say what is wanted.
+        return order
+    return phases.following(
+        order,
+        wanted=bool(inputs.config and inputs.config.config and inputs.config.config.encryption.enabled),
+        highest_epoch=highest,
+        mesh_nodes=tuple(mesh_nodes.values()),
+        live=tuple(node for name, node in mesh_nodes.items() if inputs.nodes[name].live)
+        if all(name in mesh_nodes for name, node in inputs.nodes.items() if node.live)
+        else (),
+    )
+
+
+def _spec(
+    current: MeshNode | None, number: int, share: Share, cidrs: tuple[Network, ...], order: Order
+) -> Spec:
+    told = Order(current.spec.phase, current.spec.epoch) if current else None
+    own = phases.order_for(told, order)
+    return Spec(
+        id=number,
+        addresses=tuple(share.addresses),
+        pod_cidrs=tuple(share.pod_cidrs),
+        cluster_cidrs=cidrs,
+        keys=() if own.phase is Phase.OFF else tuple(key for key in share.keys if key.epoch == own.epoch),
+        phase=own.phase,
+        epoch=own.epoch,
+    )
+
+
+def _secret_actions(inputs: Inputs, mesh_nodes: Mapping[str, MeshNode], order: Order) -> list[Action]:
+    actions: list[Action] = []
+    # Off may be ordered while some node has not heard of it: keys go when every order says Off.
+    off = order.phase is Phase.OFF and all(
+        node.spec.phase is Phase.OFF and not node.spec.keys for node in mesh_nodes.values()
+    )
+    for name, secret in sorted(inputs.secrets.items()):
+        if name not in mesh_nodes and name not in inputs.mesh_nodes or off:
+            actions.append(DeleteSecret(secret))
+        elif name not in mesh_nodes:
+            # Its MeshNode goes first, so that the others let go of the node before its key is gone.
+            continue
+        elif secret.owner != mesh_nodes[name].uid:
+            actions.append(AdoptSecret(secret, mesh_nodes[name].uid))
+    if order.phase not in ISSUING:
+        return actions
+    for name, node in sorted(mesh_nodes.items()):
+        sealing_key = node.status.sealing_key
+        # Its order comes first: an epoch that is in no spec could be forgotten, and used again.
+        if sealing_key is None or Order(node.spec.phase, node.spec.epoch) != order:
+            continue
+        known = inputs.secrets.get(name)
+        if known and known.owner != node.uid:
+            continue
+        has_key = known is not None and known.public_key(order.epoch) is not None
+        if known is None or not has_key or known.sealed_to != sealing_key:
+            renewed = has_key or node.spec.public_key(order.epoch) is not None
+            actions.append(IssueKey(name, order.epoch, sealing_key, node.uid, known, renewed))
+    return actions
+
+
+def _cluster_cidrs(
+    inputs: Inputs, nodes: Mapping[str, Node]
+) -> tuple[tuple[Network, ...], str, summary.Scope]:
+    """The cluster CIDRs to order, what is wrong with the MeshConfig (or nothing), and what Strict covers."""
+    last_good = next(
+        (
+            node.spec.cluster_cidrs
+            for _, node in sorted(inputs.mesh_nodes.items())
+            if node.spec.cluster_cidrs
+        ),
+        (),
+    )
+    config = inputs.config.config if inputs.config else None
+    if inputs.config and config is None:
+        return last_good, inputs.config.problem, _scope(last_good, nodes)
+    asked = config.network.cluster_cidrs if config else ()
+    if asked:
+        if problem := _node_inside(asked, nodes):
+            return last_good, f"spec.network.clusterCIDRs: {problem}", _scope(last_good, nodes)
+        return asked, "", _scope(asked, nodes)
+    if inputs.found_cidrs is None:
+        return last_good, "", _scope(last_good, nodes)
+    if problem := _node_inside(inputs.found_cidrs, nodes):
+        scope = summary.Scope(
+            whole=False,
+            reason="ClusterCIDRsUnusable",
+            message=f"the cluster's configuration says {_join(inputs.found_cidrs)}, but {problem};"
+            " Strict covers the pod CIDRs of known nodes only",
+        )
+        return (), "", scope
+    return inputs.found_cidrs, "", _scope(inputs.found_cidrs, nodes)
+
+
+def _node_inside(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> str:
+    """Strict drops what goes to a pod address of no known node: a node's own address must not count as
+    one."""
+    for name, node in sorted(nodes.items()):
+        for address in node.addresses:
+            for cidr in cidrs:
+                if address in cidr:
+                    return f"{cidr} holds {address}, the address of node {name} itself"
+    return ""
+
+
+def _scope(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> summary.Scope:
+    if not cidrs:
+        return summary.Scope(
+            whole=False,
+            reason="ClusterCIDRsUnknown",
+            message="Strict covers the pod CIDRs of known nodes only: set spec.network.clusterCIDRs",
+        )
+    outside = [
+        name for name, node in nodes.items() if not all(covers(cidrs, block) for block in node.pod_cidrs)
+    ]
+    if outside:
+        return summary.Scope(
+            whole=False,
+            reason="PodCIDROutside",
+            message=f"pod CIDRs of {summary.listed(outside)} lie outside {_join(cidrs)}: of these, Strict"
+            " covers known nodes only",
+        )
+    return summary.Scope(
+        whole=True, reason="ClusterCIDRsKnown", message=f"Strict covers all of {_join(cidrs)}"
+    )
+
+
+def _join(cidrs: tuple[Network, ...]) -> str:
+    return ", ".join(str(cidr) for cidr in cidrs)
+
+
+def _config_actions(inputs: Inputs, problem: str) -> list[Action]:
+    config = inputs.config
+    if config is None:
+        return []
+    result = conditions.set_condition(
+        config.conditions,
+        type=conditions.ACCEPTED,
+        status=not problem,
+        reason="Contradicted" if problem else "Accepted",
+        message=f"{problem}; the last good state stays in force" if problem else "",
+        observed_generation=config.generation,
+        now=inputs.now,
+    )
+    return [] if result == config.conditions else [WriteConfigStatus(config.resource_version, result)]

@@ -1,0 +1,205 @@
+"""MeshStatus: what all nodes' answers come to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from meshwire.api import conditions
+from meshwire.api.meshconfig import Mode
+from meshwire.api.meshnode import MeshNode, Phase
+from meshwire.api.meshstatus import MeshStatus
+from meshwire.operator.claims import Conflict
+from meshwire.operator.objects import Node
+from meshwire.operator.phases import Order, has_moved
+
+MAX_NAMES: Final = 5
+"""Nodes a message names before it only counts."""
+
+MAX_LEAKED: Final = 2**63 - 1
+"""What the API can hold: one node that reports nonsense must not keep the others' numbers from being
+written."""
+
+NEEDS_A_PERSON: Final = frozenset(
+    {
+        "DeviceNotFound",
+        "UplinkNotFound",
+        "WireGuardUnavailable",
+        "DatapathRefused",
+        "DuplicateKey",
+        "KeyRefused",
+    }
+)
+"""Reasons of an agent that waiting does not cure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """Whether Strict covers every pod address, also of nodes nobody knows yet."""
+
+    whole: bool
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """What `summarize` looks at. `order` is the one in force, `has_keys` whether any key of its epoch
+    exists, `config_problem` why the MeshConfig is not acted upon."""
+
+    nodes: Mapping[str, Node]
+    mesh_nodes: Mapping[str, MeshNode]
+    order: Order
+    highest_epoch: int
+    mode: Mode
+    has_keys: bool
+    conflicts: Sequence[Conflict]
+    config_problem: str
+    scope: Scope
+    previous: MeshStatus
+    now: datetime
+
+
+def summarize(view: View) -> MeshStatus:
+    """The new status; equal to `previous` where nothing changed."""
+    phase = view.order.phase
+    live = [name for name, node in sorted(view.nodes.items()) if node.live]
+    dead = [name for name, node in sorted(view.nodes.items()) if not node.live]
+    answers = {name: view.mesh_nodes[name] for name in live if name in view.mesh_nodes}
+    moved = [name for name, node in answers.items() if has_moved(node, view.order, tuple(answers.values()))]
+    waiting = {name: problem for name in live if (problem := _problem(view, answers.get(name)))}
+    hopeless = {
+        name: problem for name, problem in waiting.items() if _reason(answers.get(name)) in NEEDS_A_PERSON
+    }
+
+    nodes, ready = len(view.nodes), len(live) - len(waiting)
+    changing = phase in (Phase.ENABLING, Phase.DISABLING, Phase.DRAINING)
+    refused = [conflict.message for conflict in view.conflicts]
+    if view.config_problem:
+        refused.insert(0, f"MeshConfig: {view.config_problem}")
+    left_out = f"; not live: {listed(dead)}" if dead else ""
+
+    if refused:
+        reason = view.conflicts[0].reason if view.conflicts else "MeshConfigNotAccepted"
+        ready_state = (False, reason, "; ".join(refused))
+    elif not live and phase is not Phase.OFF:
+        ready_state = (False, "NoLiveNodes", f"no node is live{left_out}")
+    elif changing:
+        verb = "moved into the tunnels" if phase is Phase.ENABLING else "left the tunnels"
+        who = f", waiting for {listed(waiting, waiting.get)}" if waiting else ""
+        ready_state = (
+            False,
+            str(phase),
+            f"{len(moved)} of {len(live)} live nodes have {verb}{who}{left_out}",
+        )
+    elif waiting:
+        ready_state = (False, "NodesNotReady", f"waiting for {listed(waiting, waiting.get)}{left_out}")
+    elif phase is Phase.OFF:
+        ready_state = (True, "Off", f"traffic between nodes is not encrypted{left_out}")
+    else:
+        ready_state = (
+            True,
+            "Encrypted",
+            f"all {len(live)} live nodes send only through WireGuard{left_out}",
+        )
+
+    stalled_by = [*refused, *([listed(hopeless, hopeless.get)] if hopeless else [])]
+    busy = changing or bool(waiting)
+    result: tuple[conditions.Condition, ...] = view.previous.conditions
+    for type, status, reason, message in (
+        (conditions.READY, *ready_state),
+        (
+            (conditions.RECONCILING, True, "Progressing", ready_state[2])
+            if busy and not stalled_by
+            else (conditions.RECONCILING, False, "Stalled" if stalled_by else "UpToDate", "")
+        ),
+        (
+            (conditions.STALLED, True, ready_state[1] if refused else "NodesNeedHelp", "; ".join(stalled_by))
+            if stalled_by
+            else (conditions.STALLED, False, "Working", "")
+        ),
+        (conditions.STRICT_SCOPE, view.scope.whole, view.scope.reason, view.scope.message),
+    ):
+        result = conditions.set_condition(
+            result,
+            type=type,
+            status=status,
+            reason=reason,
+            message=message,
+            # A MeshStatus has no spec: its generation stays 1.
+            observed_generation=1,
+            now=view.now,
+        )
+    return MeshStatus(
+        encryption=_encryption(view, len(moved), len(live)),
+        phase=phase,
+        epoch=view.highest_epoch,
+        epoch_started_at=_started(view),
+        nodes=nodes,
+        nodes_ready=ready,
+        leaked=min(
+            sum(node.status.leaked for name, node in view.mesh_nodes.items() if name in view.nodes),
+            MAX_LEAKED,
+        ),
+        conditions=result,
+        uid=view.previous.uid,
+        resource_version=view.previous.resource_version,
+    )
+
+
+def listed(names: Collection[str], detail: Callable[[str], str | None] = lambda name: None) -> str:
+    """`a, b (why) and 12 more`."""
+    shown = [f"{name} ({why})" if (why := detail(name)) else name for name in sorted(names)[:MAX_NAMES]]
+    rest = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _problem(view: View, node: MeshNode | None) -> str:
+    """What keeps a live node from being ready, in few words; empty if nothing does."""
+    if node is None or not node.status.observed_generation:
+        return "no word from its agent"
+    ready = conditions.find(node.status.conditions, conditions.READY)
+    if ready and ready.status is not True:
+        return f"{ready.reason}: {_first_sentence(ready.message)}" if ready.message else ready.reason
+    if not node.ready:
+        return "has not taken its last orders yet"
+    if not has_moved(node, view.order, _live(view)):
+        return "still on its way"
+    if view.order.phase is Phase.ENFORCING and view.mode is Mode.STRICT and not node.status.strict:
+        return "plaintext is not dropped there yet"
+    return ""
+
+
+def _reason(node: MeshNode | None) -> str:
+    ready = conditions.find(node.status.conditions, conditions.READY) if node else None
+    return ready.reason if ready and ready.status is False else ""
+
+
+def _live(view: View) -> Collection[MeshNode]:
+    return [node for name, node in view.mesh_nodes.items() if name in view.nodes and view.nodes[name].live]
+
+
+def _first_sentence(message: str) -> str:
+    return message if len(message) <= 120 else message[:119] + "…"
+
+
+def _encryption(view: View, moved: int, live: int) -> str:
+    match view.order.phase:
+        case Phase.OFF:
+            return "Off"
+        case Phase.ENABLING:
+            return f"Enabling {moved}/{live}"
+        case Phase.ENFORCING:
+            return "WireGuard" if view.mode is Mode.STRICT else "Permissive"
+        case Phase.DISABLING | Phase.DRAINING:
+            return f"Disabling {moved}/{live}"
+
+
+def _started(view: View) -> str:
+    if view.order.phase is Phase.OFF:
+        return ""
+    if view.previous.epoch == view.highest_epoch and view.previous.epoch_started_at:
+        return view.previous.epoch_started_at
+    return conditions.timestamp(view.now) if view.has_keys else ""

@@ -1,0 +1,122 @@
+"""kopf's part: it watches, keeps projections in its indexes, and wakes the loop. It writes nothing to the
+API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from typing import Any, Final
+
+import kopf
+
+from meshwire.api import names
+from meshwire.api.meshnode import MeshNode
+from meshwire.api.meshstatus import MeshStatus
+from meshwire.kube.client import Cluster
+from meshwire.kube.login import login
+from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
+
+PAGE: Final = 200
+"""Objects a page of a first list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """One moment of the watches, each kind by name (Secrets by node)."""
+
+    nodes: Mapping[str, Node] = field(default_factory=dict)
+    mesh_nodes: Mapping[str, MeshNode] = field(default_factory=dict)
+    secrets: Mapping[str, KeySecret] = field(default_factory=dict)
+    configs: Mapping[str, Config] = field(default_factory=dict)
+    statuses: Mapping[str, MeshStatus] = field(default_factory=dict)
+
+
+class _Backoffs:
+    """Seconds between attempts at a request, without end: kopf ends the process where they end, but an API
+    server that is away comes back."""
+
+    def __iter__(self) -> Iterator[float]:
+        return chain((0.5, 1, 2), repeat(4))
+
+
+def make_settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.peering.standalone = True
+    # Resources and namespaces are known: no rights to list either are needed.
+    settings.scanning.disabled = True
+    settings.watching.chunk_size = PAGE
+    settings.watching.connect_timeout = 5
+    # The server ends a watch after a while, and a watch that died in silence is noticed by the bookmarks
+    # that stay away; this is for the server that neither ends it nor says a word.
+    settings.watching.server_timeout = 300
+    settings.watching.client_timeout = 330
+    settings.networking.connect_timeout = 5
+    settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _Backoffs()
+    # The only Secrets of the namespace that are ours to know.
+    settings.watching.label_selectors["", "v1", "secrets"] = names.NODE_LABEL
+    return settings
+
+
+def make_registry(
+    cluster: Cluster, publish: Callable[[Callable[[], Watched]], None]
+) -> kopf.OperatorRegistry:
+    """Handlers that keep the indexes and hand `publish` a way to read them whenever something changed.
+    kopf holds events back until every first list is in."""
+    # Not the smart registry that `@kopf.on` has by default: its login imports the official client.
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    async def log_in(**_: Any) -> kopf.ConnectionInfo:
+        return await login(cluster)
+
+    @kopf.index("", "v1", "nodes", id="nodes", registry=registry)
+    async def nodes(body: kopf.Body, **_: Any) -> Mapping[str, Node]:
+        node = Node.from_object(body)
+        return {node.name: node}
+
+    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="mesh_nodes", registry=registry)
+    async def mesh_nodes(body: kopf.Body, **_: Any) -> Mapping[str, MeshNode]:
+        node = mesh_node(body)
+        return {node.name: node}
+
+    @kopf.index(
+        "", "v1", "secrets", labels={names.NODE_LABEL: kopf.PRESENT}, id="secrets", registry=registry
+    )
+    async def secrets(body: kopf.Body, **_: Any) -> Mapping[str, KeySecret]:
+        secret = KeySecret.from_object(body)
+        return {secret.node: secret}
+
+    @kopf.index(names.GROUP, names.VERSION, names.MESHCONFIGS, id="configs", registry=registry)
+    async def configs(body: kopf.Body, **_: Any) -> Mapping[str, Config]:
+        return {names.CONFIG_NAME: Config.from_object(body)}
+
+    @kopf.index(names.GROUP, names.VERSION, names.MESHSTATUSES, id="statuses", registry=registry)
+    async def statuses(body: kopf.Body, **_: Any) -> Mapping[str, MeshStatus]:
+        return {names.STATUS_NAME: MeshStatus.from_object(body)}
+
+    @kopf.on.event("", "v1", "nodes", registry=registry)
+    @kopf.on.event("", "v1", "secrets", labels={names.NODE_LABEL: kopf.PRESENT}, registry=registry)
+    @kopf.on.event(names.GROUP, names.VERSION, names.MESHNODES, registry=registry)
+    @kopf.on.event(names.GROUP, names.VERSION, names.MESHCONFIGS, registry=registry)
+    @kopf.on.event(names.GROUP, names.VERSION, names.MESHSTATUSES, registry=registry)
+    async def changed(**indexes: Any) -> None:
+        publish(
+            lambda: Watched(
+                nodes=_by_name(indexes["nodes"]),
+                mesh_nodes=_by_name(indexes["mesh_nodes"]),
+                secrets=_by_name(indexes["secrets"]),
+                configs=_by_name(indexes["configs"]),
+                statuses=_by_name(indexes["statuses"]),
+            )
+        )
+
+    return registry
+
+
+def _by_name(index: kopf.Index[str, Any]) -> dict[str, Any]:
+    # An object deleted and made anew can be there twice, until kopf has forgotten the first: the later one
+    # counts.
+    return {name: max(index[name], key=lambda item: int(item.resource_version or 0)) for name in index}
