@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -244,6 +245,23 @@ def logs(component: str | None, follow: bool) -> None:
     if follow:
         _become(["tail", "-n", "+1", "-F", str(path)], dict(os.environ))
     click.echo(path.read_bytes(), nl=False)
+
+
+@lab.command()
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--seconds", type=float, help="How long; default: until Ctrl-C.")
+def capture(file: Path, seconds: float | None) -> None:
+    """Record the wire between the nodes to a pcap FILE, then say what was on it.
+
+    Ends with 1 where a pod's address was seen in clear or packets were missed."""
+    recording = Lab().capture(file)
+    recording.start()
+    console.print(f"recording to {file}" + ("; Ctrl-C ends it" if seconds is None else ""))
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(seconds if seconds is not None else 10**9)
+    report = recording.stop()
+    click.echo(report)
+    raise SystemExit(0 if report.clear == 0 and report.is_complete else 1)
 
 
 def _become(command: list[str], env: dict[str, str]) -> NoReturn:

@@ -29,10 +29,12 @@ import yaml
 from meshwire.api import names
 from meshwire.kube.client import ApiError, Client, Object, read_kubeconfig
 from meshwire.lab import binaries, cni, controlplane, network, processes
+from meshwire.lab.capture import Capture
 from meshwire.lab.files import write_private
 from meshwire.lab.model import (
     CONTROL,
     CONTROL_NETNS,
+    PODS,
     UNDERLAY_NETNS,
     LabError,
     Node,
@@ -392,6 +394,11 @@ class Lab:
         if errors:
             raise errors[0]
         return results[0]
+
+    def capture(self, path: Path) -> Capture:
+        """A recording of everything on the wire, to be used as a context manager."""
+        networks = [PODS[family] for family in self.state.settings.families]
+        return Capture(path, lab_id=self.state.lab_id, pods=networks)
 
     # How
 

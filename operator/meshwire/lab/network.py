@@ -122,14 +122,14 @@ def make_node(node: Node, settings: Settings, paths: Paths, lab_id: str) -> None
 def unplug(port: str) -> None:
     """Removes a machine's port from the underlay, and with it the machine's uplink, at once: deleting a namespace
     leaves that to the kernel's leisure."""
-    subprocess.run(["ip", "-n", UNDERLAY_NETNS, "link", "delete", port], capture_output=True)
+    subprocess.run(["ip", "-n", UNDERLAY_NETNS, "link", "delete", "dev", port], capture_output=True)
 
 
 def _connect(port: str, netns: str, mac: str, addresses: Iterable[Address], settings: Settings) -> None:
     mtu = settings.underlay_mtu
     ip(
-        f"link add {port} mtu {mtu} type veth peer name {UPLINK} mtu {mtu} address {mac} netns {netns}",
-        f"link set {port} master {BRIDGE} up",
+        f"link add name {port} mtu {mtu} type veth peer name {UPLINK} mtu {mtu} address {mac} netns {netns}",
+        f"link set dev {port} master {BRIDGE} up",
         netns=UNDERLAY_NETNS,
     )
     ip(
