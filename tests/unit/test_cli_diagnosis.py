@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import ast
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import pytest
 
+from meshwire.agent import loop
 from meshwire.api.conditions import Condition
 from meshwire.api.meshconfig import Encryption, MeshConfig, Mode, Userspace
 from meshwire.api.meshnode import Implementation, MeshNode, Phase, Spec, Status
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.cli.diagnosis import Snapshot, age, as_json, diagnose, is_ready
+from meshwire.cli.diagnosis import REASONS, Snapshot, age, as_json, diagnose, is_ready
 from meshwire.cli.findings import Level
+from meshwire.encryption import desired, report
 
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 
@@ -216,7 +220,7 @@ CASES = (
         name="user space, though the kernel's was preferred",
         nodes=(node("a", implementation=Implementation.USERSPACE), node("b")),
         ready=True,
-        expected=(("node a", Level.WARN, "user space"),),
+        expected=(("wireguard", Level.WARN, "on a"),),
     ),
     Case(
         name="user space as ordered",
@@ -253,6 +257,18 @@ def test_every_state_is_explained(case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if not case.ready], ids=lambda case: case.name)
 def test_what_is_not_ready_has_a_failure_that_says_why(case: Case) -> None:
     assert any(finding.level is Level.FAIL for finding in diagnose(case.snapshot))
+
+
+def test_every_reason_an_agent_gives_is_explained() -> None:
+    given = {
+        call.args[0].value
+        for module in (desired, report, loop)
+        for call in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Problem"
+        if isinstance(call.args[0], ast.Constant)
+    }
+    assert given
+    assert given <= REASONS.keys()
 
 
 def test_json_has_the_documented_shape() -> None:

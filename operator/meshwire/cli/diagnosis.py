@@ -63,6 +63,7 @@ def diagnose(snapshot: Snapshot) -> list[Finding]:
         *_diagnose_config(snapshot),
         *_diagnose_mesh(snapshot),
         *(finding for node in snapshot.meshnodes for finding in _diagnose_node(node, snapshot)),
+        *_diagnose_userspace(snapshot),
         *_diagnose_versions(snapshot.meshnodes),
     ]
 
@@ -173,7 +174,7 @@ def _diagnose_phase(status: MeshStatus, snapshot: Snapshot) -> Iterator[Finding]
                     "mesh",
                     _words(ready),
                     why="the operator does not count the mesh as ready",
-                    todo=f"see what it says: {OPERATOR_LOG}",
+                    todo=f"wait a few seconds, then see what it says: {OPERATOR_LOG}",
                 )
 
 
@@ -194,6 +195,10 @@ def _in_transition(what: str, lagging: Sequence[str], *, why: str) -> Finding:
 
 
 REASONS: Final[Mapping[str, tuple[str, str]]] = {
+    "WaitingForOperator": (
+        "without a number, a phase and keys from the operator it can't take part",
+        f"see whether the operator runs: {OPERATOR_LOG}",
+    ),
     "Preparing": (
         "it gets its device, peers and programs; its traffic does not go through tunnels yet",
         "wait; it takes seconds",
@@ -201,6 +206,18 @@ REASONS: Final[Mapping[str, tuple[str, str]]] = {
     "WaitingForKey": (
         "without a private key of its own the node can't encrypt",
         f"see whether the operator runs and may write Secrets: {OPERATOR_LOG}",
+    ),
+    "KeyRefused": (
+        "a key that was sealed for somebody else, or for another epoch, is never used",
+        "if nobody tampers with Secrets, delete the Secret the message names: the operator makes a new one",
+    ),
+    "ConfigRejected": (
+        "this node keeps the last state that was accepted",
+        "correct what the message names; kubectl explain meshconfig.spec describes every field",
+    ),
+    "UplinkNotFound": (
+        "Meshwire must sit on the device that pod traffic leaves through",
+        "name it in the MeshConfig's spec.network.uplinks, or give the node a default route",
     ),
     "DeviceNotFound": (
         "Meshwire must sit on every device that pod traffic leaves through; where it sat before, it stays",
@@ -214,6 +231,22 @@ REASONS: Final[Mapping[str, tuple[str, str]]] = {
     "DuplicateKey": (
         "two nodes with one key could read each other's traffic",
         "delete the MeshNode that should not have the key: the operator makes it a new one",
+    ),
+    "FilterConflict": (
+        "Meshwire's filter has to be the first on the device; what was attached before stays in force",
+        "see whose it is (`tc qdisc`, `tc filter show`) and move it to another priority or to clsact",
+    ),
+    "ApplyFailed": (
+        "the kernel refused a step; the agent tries again",
+        "if it lasts: run `meshwire preflight` on the node",
+    ),
+    "DuplicateID": (
+        "two nodes with one number can't be told apart by the datapath",
+        "delete the younger MeshNode: the operator makes it anew",
+    ),
+    "DuplicateAddress": (
+        "an address lives on one node; the older one keeps it",
+        "give every node a range of its own",
     ),
     "DatapathRefused": (
         "the kernel did not take the eBPF programs; those loaded before stay in force",
@@ -272,13 +305,6 @@ def _diagnose_node(node: MeshNode, snapshot: Snapshot) -> Iterator[Finding]:
             todo=f"let UDP {encryption.port} and {encryption.port + 1} pass between the nodes; "
             "`wg show` on the node tells which peer",
         )
-    if status.implementation is Implementation.USERSPACE and encryption.userspace is not Userspace.ALWAYS:
-        yield warning(
-            check,
-            "WireGuard runs in user space, because this node's kernel has none",
-            why="as safe, but slower and at the cost of more CPU",
-            todo="use a kernel with the wireguard module; Linux has it since 5.6",
-        )
 
 
 def _agent_log(node: MeshNode) -> str:
@@ -286,6 +312,23 @@ def _agent_log(node: MeshNode) -> str:
         f"find its agent's Pod and read its log: kubectl -n {names.NAMESPACE} get pods -o wide "
         f"--field-selector spec.nodeName={node.name}"
     )
+
+
+def _diagnose_userspace(snapshot: Snapshot) -> Iterator[Finding]:
+    """One finding for all nodes: they usually have one kernel."""
+    encryption = (snapshot.config or MeshConfig()).encryption
+    slow = [
+        node.name
+        for node in snapshot.meshnodes
+        if node.status.implementation is Implementation.USERSPACE and node.status.active_epoch
+    ]
+    if slow and encryption.userspace is not Userspace.ALWAYS:
+        yield warning(
+            "wireguard",
+            f"WireGuard runs in user space, because the kernel has none, on {', '.join(slow)}",
+            why="as safe, but slower and at the cost of more CPU",
+            todo="use a kernel with the wireguard module; Linux has it since 5.6",
+        )
 
 
 def _diagnose_versions(meshnodes: Iterable[MeshNode]) -> Iterator[Finding]:
