@@ -537,7 +537,7 @@ def test_ipv4_options_and_fragments_are_judged_by_address(datapath: Datapath, fa
     else:
         forms = [
             p.ipv6(src, dst, p.UDP, bytes(24), extensions=((p.FRAGMENT, bytes.fromhex("00000100000001")),)),
-            p.ipv6(src, dst, p.UDP, bytes(24), extensions=((p.FRAGMENT, bytes.fromhex("000005c8000001")),)),
+            p.ipv6(src, dst, p.UDP, bytes(24), extensions=((p.FRAGMENT, bytes.fromhex("0005c800000001")),)),
         ]
     for form in forms:
         check(datapath, TO_NETDEV, p.frame(form), Reason.ENCRYPTED)
