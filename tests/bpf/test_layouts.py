@@ -62,6 +62,11 @@ def test_enums_agree_in_names_and_values(name: str, described: dict[str, btf.Lay
     assert in_c == {f"{prefix}{member.name}": member.value for member in mirror}
 
 
+def test_there_is_room_for_every_reason() -> None:
+    header = (BPF / "include" / "meshwire" / "types.h").read_text()
+    assert max(layouts.Reason) < int(re.findall(r"#define MW_MAX_REASONS (\d+)", header)[0])
+
+
 def test_counts_and_sizes_agree(described: dict[str, btf.Layout]) -> None:
     values = dict(described["enum mw_reason"].values) | dict(described["enum mw_direction"].values)
     assert {name: values[name] for name in COUNTS} == COUNTS

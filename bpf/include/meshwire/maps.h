@@ -34,7 +34,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, MW_REASONS * MW_DIRECTIONS);
+	__uint(max_entries, MW_MAX_REASONS * MW_DIRECTIONS);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);
 	__type(key, __u32);
 	__type(value, struct mw_counter);

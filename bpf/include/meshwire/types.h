@@ -5,6 +5,8 @@
 
 #define MW_MAX_PREFIXES 131072
 #define MW_MAX_NODES 16384
+/* Room in `metrics`: a version with more reasons shares the map of one with fewer. */
+#define MW_MAX_REASONS 256
 
 enum mw_family {
 	MW_IPV4 = 4,
