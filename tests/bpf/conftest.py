@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pyroute2 import netns
 
 from meshwire.bpf.loader import OBJECTS, Programs
 from meshwire.bpf.maps import Maps
@@ -51,3 +52,22 @@ def programs(pins: Path, objects: Path) -> Iterator[Programs]:
 def maps(pins: Path, programs: Programs) -> Iterator[Maps]:
     with Maps.open(pins) as opened:
         yield opened
+
+
+@pytest.fixture
+def namespaces() -> Iterator[Callable[[str], str]]:
+    """Makes network namespaces; answers with their names. They go with the test."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: creates network namespaces")
+    made: list[str] = []
+
+    def make(label: str) -> str:
+        name = f"mwt-{os.getpid()}-{label}"
+        netns.create(name)
+        made.append(name)
+        subprocess.run(["ip", "-n", name, "link", "set", "lo", "up"], check=True)
+        return name
+
+    yield make
+    for name in made:
+        netns.remove(name)

@@ -62,6 +62,12 @@ def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -
     except NetlinkError as error:
         if error.code != errno.EEXIST:
             raise
+        # An `ingress` qdisc takes egress filters too, and runs them on what arrives.
+        if not any(each.get_attr("TCA_KIND") == "clsact" for each in ipr.get_qdiscs(index=ifindex)):
+            raise Conflict(
+                f"device {ifindex} has an ingress qdisc where a clsact is needed: "
+                "whoever added it can use a clsact just as well"
+            ) from error
     filters = list(_find(ipr, ifindex, direction))
     ours = [each for each in filters if _is_ours(each)]
     handle = next(
@@ -84,10 +90,10 @@ def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -
             direct_action=True,
         )
     except NetlinkError as error:
-        if error.code in (errno.EINVAL, errno.EOPNOTSUPP):
+        if error.code == errno.EINVAL:
             raise Conflict(
                 f"device {ifindex} takes no {direction.name.lower()} filter at priority {PRIORITY}: "
-                "`tc qdisc` and `tc filter` show what is in the way"
+                "`tc filter show` says whose is in the way"
             ) from error
         raise
     for stale in ours:
