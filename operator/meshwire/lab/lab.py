@@ -167,8 +167,7 @@ class Lab:
                 self._apply_manifests(programs)
                 self._start_operator(state)
             self._report(f"{len(state.nodes)} nodes")
-            for node in state.nodes:
-                self._start_node(programs, node, state)
+            self._start_nodes(programs, state.nodes, state)
         self.wait_ready(seconds=wait_seconds)
 
     def down(self) -> None:
@@ -226,7 +225,7 @@ class Lab:
             state = replace(state, nodes=(*state.nodes, node))
             self._write_state(state)
             self._make_node(node, state)
-            self._start_node(programs, node, state)
+            self._start_nodes(programs, [node], state)
         if wait:
             self.wait_ready()
 
@@ -252,7 +251,7 @@ class Lab:
             node = state.node(name)
             self._destroy_node(node, state)
             self._make_node(node, state)
-            self._start_node(programs, node, state)
+            self._start_nodes(programs, [node], state)
         if wait:
             self.wait_ready()
 
@@ -289,8 +288,6 @@ class Lab:
             state, "apiserver", controlplane.apiserver_command(programs, self.paths, state.settings)
         )
         self._wait_for_api(wait_seconds)
-        # They end themselves after a while without an API server, as their supervisor is expected to bring them back.
-        self._start_controllers(programs, state)
 
     # Use
 
@@ -349,8 +346,7 @@ class Lab:
 
     def node_command(self, node: str, command: Sequence[str]) -> list[str]:
         """What to run to have `command` run on a node, in its network and mount namespace."""
-        holder = self.pid(f"{node}.holder")
-        return [*processes.in_namespaces(self.state.node(node).netns, mounts_of=holder), *command]
+        return [*self._enter_node(self.state.node(node)), *command]
 
     def on_node(
         self, node: str, *command: str, check: bool = True, timeout: float | None = 60
@@ -471,24 +467,34 @@ class Lab:
         controlplane.make_node_credentials(self.paths, state.settings, node)
         network.make_node(node, state.settings, self.paths, state.lab_id)
 
-    def _start_node(self, programs: Path, node: Node, state: State) -> None:
-        enter = processes.in_namespaces(node.netns)
-        env = processes.environment(state.lab_id)
+    def _start_nodes(self, programs: Path, nodes: Sequence[Node], state: State) -> None:
         tainted = ["--tainted"] if state.settings.mesh else []
-        command = [*_python("meshwire.lab.node"), f"--state={self.paths.root}", *tainted, node.name]
-        processes.start(self.paths, f"{node.name}.node", command, env=env, prefix=enter)
-        configuration = self.paths.root / "machines" / node.name / "kube-proxy.yaml"
-        configuration.write_text(controlplane.proxy_configuration(self.paths, state.settings, node))
-        on_node = processes.in_namespaces(node.netns, mounts_of=self.pid(f"{node.name}.holder"))
-        proxy = controlplane.proxy_command(programs, configuration)
-        processes.start(self.paths, f"{node.name}.proxy", proxy, env=env, prefix=on_node)
+        for node in nodes:
+            env = processes.environment(state.lab_id)
+            command = [*_python("meshwire.lab.node"), f"--state={self.paths.root}", *tainted, node.name]
+            enter = processes.in_namespaces(node.netns)
+            processes.start(self.paths, f"{node.name}.node", command, env=env, prefix=enter)
+            configuration = self.paths.root / "machines" / node.name / "kube-proxy.yaml"
+            configuration.write_text(controlplane.proxy_configuration(self.paths, state.settings, node))
+            proxy = controlplane.proxy_command(programs, configuration)
+            processes.start(self.paths, f"{node.name}.proxy", proxy, env=env, prefix=self._enter_node(node))
         if state.settings.mesh:
-            self._start_mesh(node, state)
+            # Each waits for its node's token: by now all nodes are on their way to one.
+            for node in nodes:
+                self._start_mesh(node, state)
+
+    def _enter_node(self, node: Node) -> list[str]:
+        holder = self.pid(f"{node.name}.holder")
+        if holder is None:
+            raise LabError(
+                f"{node.name} is down: its namespaces are gone (`meshwire lab node reboot {node.name}`)"
+            )
+        return processes.in_namespaces(node.netns, mounts_of=holder)
 
     def _start_mesh(self, node: Node, state: State) -> None:
         token = self.paths.token_directory(node.name) / "token"
         _wait_for_file(token, f"{node.name} gets no token; see `meshwire lab logs {node.name}.node`")
-        on_node = processes.in_namespaces(node.netns, mounts_of=self.pid(f"{node.name}.holder"))
+        on_node = self._enter_node(node)
         env = controlplane.pod_environment(
             state.settings, NODE_NAME=node.name, POD_NAME=f"agent-{node.name}"
         )
@@ -517,7 +523,7 @@ class Lab:
             "operator",
             run,
         ]
-        env = controlplane.pod_environment(state.settings, POD_NAME="operator")
+        env = controlplane.pod_environment(state.settings, POD_NAME=f"operator-{secrets.token_hex(4)}")
         env = processes.environment(state.lab_id, **env)
         processes.start(self.paths, "operator", _python("meshwire.operator"), env=env, prefix=enter)
 

@@ -1,14 +1,14 @@
 """Traffic that tells what happened to it, as a command for pods; needs the standard library alone.
 
-`serve` answers; `udp`, `tcp`, `ping` and `ask` talk to it (or, `ping`, to any host) and print one JSON object. They
-run for `--seconds`, or until SIGTERM or SIGINT, and end with 1 where something was lost, damaged or unanswered."""
+`serve` answers; `udp`, `tcp`, `flows` (both, to several hosts at once), `ping` and `ask` talk to it (or, `ping`, to any
+host) and print one JSON object. They run for `--seconds`, or until SIGTERM or SIGINT, and end with 1 where something was
+lost, damaged or unanswered."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -224,20 +224,29 @@ async def serve(port: int) -> None:
     if not servers:
         raise SystemExit(f"can't listen on port {port}")
     print(f"serving on port {port}", flush=True)
-    await _stopped(None)
+    await _stop_after(None).wait()
 
 
-async def _stopped(seconds: float | None) -> None:
-    """Until SIGTERM, SIGINT, or the time is over."""
+def _stop_after(seconds: float | None) -> asyncio.Event:
+    """Is set by SIGTERM, SIGINT, or when the time is over."""
     stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await stop.wait()
+        loop.add_signal_handler(number, stop.set)
+    if seconds is not None:
+        loop.call_later(seconds, stop.set)
+    return stop
 
 
-async def udp(host: str, port: int, *, rate: int, size: int, seconds: float | None) -> dict[str, object]:
+async def udp(
+    host: str,
+    port: int,
+    *,
+    rate: int,
+    size: int,
+    stop: asyncio.Event,
+    started: Callable[[], None] = lambda: None,
+) -> dict[str, object]:
     """A flow in both directions; `lost` of each. `complete` is false where the server could not be asked at the end,
     so that `lost` is not known."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
@@ -268,12 +277,13 @@ async def udp(host: str, port: int, *, rate: int, size: int, seconds: float | No
     opened = time.monotonic()
     while not backward.received:
         if time.monotonic() - opened > OPEN_SECONDS:
-            return {"target": host, "complete": False, "error": "no answer"}
+            return {"kind": "udp", "target": host, "complete": False, "error": "no answer"}
         with contextlib.suppress(OSError):
             sock.send(HEADER.pack(MAGIC, OPEN, 0, flow, 0) + RATE.pack(rate, size))
         await asyncio.sleep(0.1)
     sender = Sender(flow, rate, size, lambda data: _send(sock, data))
-    await _stopped(seconds)
+    started()
+    await stop.wait()
     sender.stop()
     await sender.task
     for _ in range(END_ATTEMPTS):
@@ -285,10 +295,12 @@ async def udp(host: str, port: int, *, rate: int, size: int, seconds: float | No
         if results and (waited_for_late or _all_there(results[-1], backward)):
             break
     if not results:
-        return {"target": host, "complete": False, "error": "no answer at the end", "sent": sender.sent}
+        error = "no answer at the end"
+        return {"kind": "udp", "target": host, "complete": False, "error": error, "sent": sender.sent}
     sent_back = results[-1]["sent"]
     assert isinstance(sent_back, int)
     return {
+        "kind": "udp",
         "target": host,
         "complete": True,
         "forward": results[-1]["forward"],
@@ -310,28 +322,35 @@ def _send(sock: socket.socket, data: bytes) -> None:
         sock.send(data)
 
 
+PERIOD: Final = 65521
+"""A prime: no segment, and no number of equal ones, can be missing or doubled unseen."""
+BLOCK: Final = random.Random(1).randbytes(PERIOD) * 3
+
+
 def pattern(offset: int, length: int) -> bytes:
-    """Bytes that differ at every place of a stream, computed from the place alone."""
-    first = offset // 32
-    blocks = (
-        hashlib.blake2s(index.to_bytes(8)).digest() for index in range(first, (offset + length) // 32 + 1)
-    )
-    return b"".join(blocks)[offset - first * 32 :][:length]
+    """The bytes of a stream from `offset` on, computed from the place alone; up to 2 * PERIOD at a time."""
+    return BLOCK[offset % PERIOD :][:length]
 
 
-async def tcp(host: str, port: int, *, rate: int, seconds: float | None) -> dict[str, object]:
+async def tcp(
+    host: str, port: int, *, rate: int, stop: asyncio.Event, started: Callable[[], None] = lambda: None
+) -> dict[str, object]:
     """A stream of `rate` bytes per second that comes back; every byte is compared."""
     try:
         async with asyncio.timeout(OPEN_SECONDS):
             reader, writer = await asyncio.open_connection(host, port)
     except (OSError, TimeoutError) as refusal:
-        return {"target": host, "complete": False, "error": f"no connection: {refusal or 'timeout'}"}
+        return {
+            "kind": "tcp",
+            "target": host,
+            "complete": False,
+            "error": f"no connection: {refusal or 'timeout'}",
+        }
     writer.write(b"ECHO\n")
     sent = returned = 0
     damaged_at: int | None = None
     longest_stall = 0.0
     error = ""
-    stop = asyncio.Event()
 
     async def send() -> None:
         nonlocal sent
@@ -343,13 +362,15 @@ async def tcp(host: str, port: int, *, rate: int, seconds: float | None) -> dict
                 sent += chunk
                 await writer.drain()
             else:
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(0.01)
         writer.write_eof()
 
     async def receive() -> None:
         nonlocal returned, damaged_at, longest_stall
         last = time.monotonic()
-        while data := await reader.read(65536):
+        while data := await reader.read(PERIOD):
+            if not returned:
+                started()
             now = time.monotonic()
             longest_stall, last = max(longest_stall, now - last), now
             if damaged_at is None and data != pattern(returned, len(data)):
@@ -357,19 +378,24 @@ async def tcp(host: str, port: int, *, rate: int, seconds: float | None) -> dict
             returned += len(data)
 
     tasks = [asyncio.create_task(send()), asyncio.create_task(receive())]
-    stopped = asyncio.create_task(_stopped(seconds))
+    stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
-    stop.set()
+    stopped.cancel()
+    if not stop.is_set():
+        # The other side ended the stream; sending on would only show that again.
+        tasks[0].cancel()
     await asyncio.wait(tasks, timeout=OPEN_SECONDS)
     for task in tasks:
         if not task.done():
             task.cancel()
-            error = "the stream did not end"
+            error = error or "the stream did not end"
+        elif task.cancelled():
+            error = error or "the other side ended the stream"
         elif problem := task.exception():
             error = f"{type(problem).__name__}: {problem}"
-    stopped.cancel()
     writer.close()
     return {
+        "kind": "tcp",
         "target": host,
         "complete": not error and returned == sent,
         "sent": sent,
@@ -378,6 +404,32 @@ async def tcp(host: str, port: int, *, rate: int, seconds: float | None) -> dict
         "longest_stall_ms": round(longest_stall * 1000, 1),
         **({"error": error} if error else {}),
     }
+
+
+async def flows(
+    hosts: list[str], port: int, *, udp_rate: int, size: int, tcp_rate: int, stop: asyncio.Event
+) -> dict[str, object]:
+    """UDP and TCP to every host at once. Prints a line `started` when all of them run."""
+    waiting = 2 * len(hosts)
+
+    def started() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if not waiting:
+            print("started", flush=True)
+
+    async def watched(flow: Coroutine[None, None, dict[str, object]]) -> dict[str, object]:
+        result = await flow
+        if not result["complete"]:
+            # Who waits for the rest should hear of it now.
+            stop.set()
+        return result
+
+    results = await asyncio.gather(
+        *(watched(udp(host, port, rate=udp_rate, size=size, stop=stop, started=started)) for host in hosts),
+        *(watched(tcp(host, port, rate=tcp_rate, stop=stop, started=started)) for host in hosts),
+    )
+    return {"flows": results}
 
 
 async def ask(host: str, port: int, *, use_udp: bool, seconds: float) -> dict[str, object]:
@@ -473,6 +525,8 @@ def _checksum(data: bytes) -> int:
 
 def is_clean(result: dict[str, object]) -> bool:
     """Whether nothing was lost, damaged or unanswered."""
+    if isinstance(results := result.get("flows"), list):
+        return all(map(is_clean, results))
     directions = [result[name] for name in ("forward", "backward") if name in result]
     lost = [part["lost"] for part in directions if isinstance(part, dict)]
     lost.append(result.get("lost", 0))
@@ -481,30 +535,29 @@ def is_clean(result: dict[str, object]) -> bool:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m meshwire.lab.traffic", description=__doc__)
+    parser.add_argument("--port", type=int, default=PORT)
     commands = parser.add_subparsers(dest="command", required=True)
+    packets = argparse.ArgumentParser(add_help=False)
+    packets.add_argument("--udp-rate", type=int, default=200, help="packets per second, each direction")
+    packets.add_argument("--size", type=int, default=200, help="bytes of a packet's payload")
+    stream = argparse.ArgumentParser(add_help=False)
+    stream.add_argument("--tcp-rate", type=int, default=200_000, help="bytes per second, each direction")
+    until = argparse.ArgumentParser(add_help=False)
+    until.add_argument("--seconds", type=float)
 
-    def command(name: str, *, target: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name)
-        if target:
-            sub.add_argument("host")
-        sub.add_argument("--port", type=int, default=PORT)
-        return sub
-
-    command("serve", target=False)
-    sub = command("udp")
-    sub.add_argument("--rate", type=int, default=500, help="packets per second, each direction")
-    sub.add_argument("--size", type=int, default=200, help="bytes of a packet's payload")
-    sub.add_argument("--seconds", type=float)
-    sub = command("tcp")
-    sub.add_argument("--rate", type=int, default=500_000, help="bytes per second, each direction")
-    sub.add_argument("--seconds", type=float)
-    sub = command("ask")
-    sub.add_argument("--udp", action="store_true", dest="use_udp")
-    sub.add_argument("--seconds", type=float, default=3.0)
-    sub = command("ping")
-    sub.add_argument("--count", type=int, default=5)
-    sub.add_argument("--interval", type=float, default=0.2, help="seconds")
-    sub.add_argument("--size", type=int, default=56, help="bytes of payload")
+    commands.add_parser("serve")
+    commands.add_parser("udp", parents=[packets, until]).add_argument("host")
+    commands.add_parser("tcp", parents=[stream, until]).add_argument("host")
+    commands.add_parser("flows", parents=[packets, stream, until]).add_argument("hosts", nargs="+")
+    asking = commands.add_parser("ask")
+    asking.add_argument("host")
+    asking.add_argument("--udp", action="store_true", dest="use_udp")
+    asking.add_argument("--seconds", type=float, default=3.0)
+    pinging = commands.add_parser("ping")
+    pinging.add_argument("host")
+    pinging.add_argument("--count", type=int, default=5)
+    pinging.add_argument("--interval", type=float, default=0.2, help="seconds")
+    pinging.add_argument("--size", type=int, default=56, help="bytes of payload")
     return parser.parse_args(arguments)
 
 
@@ -515,9 +568,14 @@ async def run(arguments: argparse.Namespace) -> dict[str, object] | None:
             await serve(a.port)
             return None
         case "udp":
-            return await udp(a.host, a.port, rate=a.rate, size=a.size, seconds=a.seconds)
+            return await udp(a.host, a.port, rate=a.udp_rate, size=a.size, stop=_stop_after(a.seconds))
         case "tcp":
-            return await tcp(a.host, a.port, rate=a.rate, seconds=a.seconds)
+            return await tcp(a.host, a.port, rate=a.tcp_rate, stop=_stop_after(a.seconds))
+        case "flows":
+            stop = _stop_after(a.seconds)
+            return await flows(
+                a.hosts, a.port, udp_rate=a.udp_rate, size=a.size, tcp_rate=a.tcp_rate, stop=stop
+            )
         case "ask":
             return await ask(a.host, a.port, use_udp=a.use_udp, seconds=a.seconds)
         case _:

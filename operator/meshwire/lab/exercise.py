@@ -1,0 +1,330 @@
+"""What tests, the demo and the figures do with a lab: pods on every node that answer, encryption on and off, traffic
+between all nodes that counts what it loses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from meshwire.api import names
+from meshwire.kube.client import ApiError, Client, Object
+from meshwire.lab import traffic
+from meshwire.lab.lab import Lab, PodRecord
+from meshwire.lab.model import LabError
+
+PROBE: Final = "probe"
+"""Name of the DaemonSet and the Service."""
+START_SECONDS: Final = 30.0
+END_SECONDS: Final = 30.0
+
+
+def probe_objects(families: Sequence[str], namespace: str = "default") -> list[Object]:
+    """A DaemonSet that serves traffic, and a Service over it in all families."""
+    metadata = {"name": PROBE, "namespace": namespace}
+    labels = {"app": PROBE}
+    container = {
+        "name": PROBE,
+        "image": "host",
+        "command": ["python", "-m", "meshwire.lab.traffic", "serve"],
+        "readinessProbe": {"tcpSocket": {"port": traffic.PORT}},
+    }
+    ports = [{"name": kind.lower(), "protocol": kind, "port": traffic.PORT} for kind in ("TCP", "UDP")]
+    return [
+        {
+            "apiVersion": "apps/v1",
+            "kind": "DaemonSet",
+            "metadata": metadata,
+            "spec": {
+                "selector": {"matchLabels": labels},
+                "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {
+                "selector": labels,
+                "ports": ports,
+                "ipFamilyPolicy": "RequireDualStack" if len(families) > 1 else "SingleStack",
+            },
+        },
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """One flow's end. `lost` counts packets of both directions (UDP) or bytes (TCP); None: not known."""
+
+    source: str
+    target: str
+    kind: str
+    lost: int | None
+    longest_silence_ms: float
+    result: Object
+
+    @property
+    def is_clean(self) -> bool:
+        return traffic.is_clean(self.result)
+
+
+@dataclass(slots=True)
+class Flows:
+    """Traffic in the background; `ended` is filled when it has been stopped."""
+
+    ended: list[Flow] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        """Over all UDP flows. Raises LabError where one could not be counted."""
+        unknown = [flow for flow in self.ended if flow.lost is None]
+        if unknown or not self.ended:
+            raise LabError(f"flows not counted: {[flow.result for flow in unknown]}")
+        return sum(flow.lost or 0 for flow in self.ended if flow.kind == "udp")
+
+    @property
+    def broken(self) -> list[Object]:
+        """Results of all flows that lost, damaged or missed something."""
+        return [{"source": flow.source, **flow.result} for flow in self.ended if not flow.is_clean]
+
+    @property
+    def packets(self) -> int:
+        """UDP packets sent, both directions."""
+        udp = [flow.result for flow in self.ended if flow.kind == "udp" and flow.result["complete"]]
+        return sum(result["forward"]["sent"] + result["backward"]["sent"] for result in udp)
+
+
+class Exercise:
+    """Works on a lab that is up. Methods raise LabError."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+
+    # Probes
+
+    def deploy(self) -> None:
+        """A probe on every node, and the Service; waits until they answer."""
+        self.lab.apply(*probe_objects(self.lab.state.settings.families))
+        self.wait_for_probes()
+
+    def wait_for_probes(self, *, seconds: float = 60) -> None:
+        """Until there is a ready one on every node, and no other."""
+
+        async def problem(client: Client) -> str:
+            path = "/api/v1/namespaces/default/pods"
+            pods = (await client.get(path, labelSelector=f"app={PROBE}"))["items"]
+            ready = sorted(pod["spec"].get("nodeName", "") for pod in pods if _is_ready(pod))
+            wanted = sorted(self.lab.nodes)
+            return (
+                ""
+                if ready == wanted and len(pods) == len(ready)
+                else f"probes are ready on {ready} of {wanted}"
+            )
+
+        self._wait(problem, seconds)
+
+    def probe(self, node: str) -> PodRecord:
+        """The probe on a node, known without the API server."""
+        for path in self.lab.paths.pods(node).glob(f"default_{PROBE}-*.json"):
+            return self.lab.find_pod(path.stem.partition("_")[2])
+        raise LabError(f"no probe runs on {node}")
+
+    def services(self) -> tuple[str, ...]:
+        """The Service's addresses, one per family."""
+        return tuple(self.lab.get("service", PROBE)["spec"]["clusterIPs"])
+
+    # Encryption
+
+    def set_encryption(self, enabled: bool, *, wait: bool = True, **encryption: Any) -> None:
+        """Applies a MeshConfig with these fields of spec.encryption, and waits until it is so everywhere."""
+        self.lab.apply(
+            {
+                "apiVersion": names.API_VERSION,
+                "kind": "MeshConfig",
+                "metadata": {"name": names.CONFIG_NAME},
+                "spec": {"encryption": {"enabled": enabled, **encryption}},
+            }
+        )
+        if wait:
+            strict = encryption.get("mode") != "Permissive"
+            self.wait_for_phase("Enforcing" if enabled else "Off", strict=enabled and strict)
+
+    def mesh_status(self) -> Object:
+        """Status of the MeshStatus."""
+        status: Object = self.lab.get("meshstatus", names.STATUS_NAME).get("status", {})
+        return status
+
+    def mesh_node(self, node: str) -> Object:
+        """The MeshNode."""
+        return self.lab.get("meshnode", node)
+
+    def wait_for_phase(self, phase: str, *, strict: bool = True, seconds: float = 90) -> None:
+        """Until all nodes have been ordered to a phase and say they have carried it out. In Enforcing, `strict` says
+        whether plaintext is to be dropped."""
+
+        async def problem(client: Client) -> str:
+            base = f"/apis/{names.API_VERSION}"
+            found = await client.find(f"{base}/{names.MESHSTATUSES}/{names.STATUS_NAME}")
+            status = (found or {}).get("status", {})
+            nodes = {
+                item["metadata"]["name"]: item
+                for item in (await client.get(f"{base}/{names.MESHNODES}"))["items"]
+            }
+            for node in self.lab.nodes:
+                item = nodes.get(node)
+                if item is None:
+                    return f"{node} has no MeshNode"
+                if item["spec"].get("encryption", {}).get("phase", "Off") != phase:
+                    return f"{node} is not ordered to {phase}: {item['spec'].get('encryption')}"
+                if not _is_settled(item, phase, strict):
+                    return f"{node} is not settled in {phase}: {item.get('status')}"
+            if status.get("phase") != phase:
+                return f"the mesh is in {status.get('phase')}, not {phase}: {status}"
+            return (
+                ""
+                if status.get("nodesReady") == len(self.lab.nodes)
+                else f"not all nodes are ready: {status}"
+            )
+
+        self._wait(problem, seconds)
+
+    # Traffic
+
+    def run(self, node: str, *arguments: str) -> Object:
+        """`python -m meshwire.lab.traffic ARGUMENTS` in the node's probe; what it found out."""
+        command = ("python", "-m", "meshwire.lab.traffic", *arguments)
+        done = self.lab.exec(self.probe(node).name, *command, check=False, timeout=120)
+        try:
+            result: Object = json.loads(done.stdout.splitlines()[-1])
+        except (IndexError, json.JSONDecodeError):
+            raise LabError(f"{' '.join(command)}: {done.stderr.strip()}") from None
+        return result
+
+    def pairs(self, nodes: Sequence[str] | None = None) -> list[tuple[str, list[str]]]:
+        """(node, addresses of the probes it is to talk to): every pair of nodes once, in all families."""
+        found = {node: self.probe(node) for node in nodes or self.lab.nodes}
+        talks: dict[str, list[str]] = {}
+        for one, other in itertools.combinations(found, 2):
+            talks.setdefault(one, []).extend(found[other].addresses)
+        return list(talks.items())
+
+    @contextmanager
+    def flows(
+        self,
+        *,
+        udp_rate: int = 200,
+        tcp_rate: int = 100_000,
+        size: int = 200,
+        services: bool = False,
+        nodes: Sequence[str] | None = None,
+    ) -> Iterator[Flows]:
+        """UDP and TCP between every pair of nodes, in both directions and all families, while the body runs; with
+        `services` also from each node through the Service. Rates are per flow and direction: packets and bytes per
+        second."""
+        talks = self.pairs(nodes)
+        if services:
+            addresses = list(self.services())
+            talks = [(node, [*targets, *addresses]) for node, targets in talks]
+        flows = Flows()
+        rates = [f"--udp-rate={udp_rate}", f"--tcp-rate={tcp_rate}", f"--size={size}"]
+        with contextlib.ExitStack() as stack:
+            running = []
+            for node, targets in talks:
+                command = ("python", "-m", "meshwire.lab.traffic", "flows", *rates, *targets)
+                process = self.lab.popen(self.probe(node).name, *command)
+                stack.callback(_end, process)
+                running.append((node, process))
+            for node, process in running:
+                assert process.stdout
+                if process.stdout.readline() != "started\n":
+                    raise LabError(f"flows from {node} don't start: {process.communicate()}")
+            yield flows
+            for _, process in running:
+                process.send_signal(signal.SIGTERM)
+            for node, process in running:
+                flows.ended += _read_flows(node, process)
+
+    # How
+
+    def wait_until(self, condition: Callable[[], bool], what: str, *, seconds: float = 30) -> None:
+        """Asks again and again, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                raise LabError(f"after {seconds:.0f} s still not: {what}")
+            time.sleep(0.1)
+
+    def _wait(self, problem: Callable[[Client], Any], seconds: float) -> None:
+        async def wait(client: Client) -> None:
+            deadline = time.monotonic() + seconds
+            while True:
+                try:
+                    found = await problem(client)
+                except ApiError as error:
+                    found = str(error)
+                if not found:
+                    return
+                if time.monotonic() > deadline:
+                    raise LabError(f"after {seconds:.0f} s {found}")
+                await asyncio.sleep(0.1)
+
+        self.lab.call(wait)
+
+
+def _is_ready(pod: Object) -> bool:
+    conditions = pod.get("status", {}).get("conditions", ())
+    return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
+
+
+def _is_settled(node: Object, phase: str, strict: bool) -> bool:
+    """Whether the agent's answer is to the present order, and says that it has been carried out."""
+    status = node.get("status", {})
+    if status.get("observedGeneration") != node["metadata"]["generation"]:
+        return False
+    match phase:
+        case "Enforcing":
+            return (
+                bool(status.get("strict"))
+                and status.get("activeEpoch") == node["spec"]["encryption"]["epoch"]
+            )
+        case "Off":
+            return not status.get("strict") and not status.get("activeEpoch")
+        case _:
+            return True
+
+
+def _read_flows(node: str, process: subprocess.Popen[str]) -> list[Flow]:
+    try:
+        output, errors = process.communicate(timeout=END_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise LabError(f"flows from {node} don't end") from None
+    try:
+        results = json.loads(output.splitlines()[-1])["flows"]
+    except (IndexError, json.JSONDecodeError):
+        raise LabError(f"flows from {node} ended without a result: {errors.strip()}") from None
+    return [_flow(node, result) for result in results]
+
+
+def _flow(node: str, result: Object) -> Flow:
+    if not result["complete"]:
+        return Flow(node, result["target"], result["kind"], None, 0.0, result)
+    if result["kind"] == "tcp":
+        lost, silence = result["sent"] - result["returned"], result["longest_stall_ms"]
+    else:
+        parts = (result["forward"], result["backward"])
+        lost, silence = sum(part["lost"] for part in parts), max(part["longest_gap_ms"] for part in parts)
+    return Flow(node, result["target"], result["kind"], lost, silence, result)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()

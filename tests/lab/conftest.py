@@ -1,0 +1,50 @@
+"""One lab for the whole session: three nodes, both families. Tests leave it as they found it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from meshwire.lab.exercise import Exercise
+from meshwire.lab.lab import Lab
+from meshwire.lab.model import Settings
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.lab)
+            if os.geteuid() != 0:
+                item.add_marker(pytest.mark.skip(reason="the lab needs root"))
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A lab in a directory of its own: one that a person has up stays as it is, and is refused beside."""
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    lab.up(Settings())
+    try:
+        yield lab
+    finally:
+        lab.down()
+
+
+@pytest.fixture(scope="session")
+def exercise(lab: Lab) -> Exercise:
+    """The lab with a probe on every node."""
+    exercise = Exercise(lab)
+    exercise.deploy()
+    return exercise
+
+
+@pytest.fixture
+def encrypted(exercise: Exercise) -> Iterator[Exercise]:
+    """The same with encryption on, off again afterwards."""
+    exercise.set_encryption(True)
+    yield exercise
+    exercise.set_encryption(False)
