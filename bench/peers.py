@@ -31,7 +31,7 @@ from meshwire.api.meshconfig import Encryption, MeshConfig
 from meshwire.api.meshnode import Key, Phase, Spec
 from meshwire.encryption.desired import Inputs, desired
 from meshwire.encryption.keys import public_key
-from meshwire.encryption.model import DEVICES, ClusterNode, HeldKey, Member, SecretKey, device_sysctls
+from meshwire.encryption.model import ClusterNode, HeldKey, Member, SecretKey
 from meshwire.encryption.plan import LoadDatapath, Plan, plan
 
 T = TypeVar("T")
@@ -120,8 +120,7 @@ def measure(peers: int = 1000) -> dict[str, Any]:
 def _converge(kernel: Kernel, world: World, held: HeldKey) -> tuple[Timing, Plan]:
     config = world.config
     assert isinstance(config, MeshConfig)
-    paths = [path for device in DEVICES for path, _ in device_sysctls(device)]
-    for_observe, observed = _timed(lambda: kernel.observe(config.encryption.userspace, paths))
+    for_observe, observed = _timed(lambda: kernel.observe(config.encryption.userspace))
     inputs = Inputs(
         node="n0",
         members=world.members,

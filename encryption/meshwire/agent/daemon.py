@@ -17,7 +17,7 @@ from meshwire.agent import metrics, state
 from meshwire.agent.kernel import Kernel
 from meshwire.agent.loop import Agent, Look, describe, observe_and_plan
 from meshwire.agent.settings import Settings
-from meshwire.agent.watch import World, make_registry
+from meshwire.agent.watch import Watch, World, prune_forever
 from meshwire.encryption import keys, netlink
 from meshwire.kube.client import Client, Cluster
 
@@ -30,25 +30,22 @@ RESTART_SECONDS = 3.0
 async def run(settings: Settings, cluster: Cluster) -> None:
     """Until SIGTERM or SIGINT."""
     sealing_key = keys.find_or_create_sealing_key(settings.sealing_key_file)
-    kernel = Kernel(settings)
-    async with Client(cluster) as client:
-        agent = Agent(settings, kernel, client, sealing_key)
+    async with Client(cluster) as client, asyncio.TaskGroup() as tasks:
+        agent = Agent(settings, Kernel(settings), client, sealing_key)
+        loop = asyncio.get_running_loop()
+        runner = await metrics.serve(agent.health, *settings.metrics_address)
+        background = [tasks.create_task(agent.run(version("meshwire")), name="loop")]
         with contextlib.closing(netlink.open_monitor()) as monitor:
-            asyncio.get_running_loop().add_reader(monitor, _drain, monitor, agent)
-            runner = await metrics.serve(agent.health, *settings.metrics_address)
-            work = asyncio.create_task(agent.run(version("meshwire")), name="loop")
-            watch = asyncio.create_task(watch_forever(settings, cluster, agent.publish), name="watch")
+            loop.add_reader(monitor, _drain, monitor, agent)
             try:
-                done, _ = await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+                await watch_forever(settings, cluster, client, agent.follow)
             finally:
-                asyncio.get_running_loop().remove_reader(monitor)
-                for task in (work, watch):
+                loop.remove_reader(monitor)
+                for task in background:
                     task.cancel()
-                await asyncio.gather(work, watch, return_exceptions=True)
+                await asyncio.gather(*background, return_exceptions=True)
                 await runner.cleanup()
                 agent.close()
-        for task in done:
-            task.result()
 
 
 async def preview(settings: Settings, cluster: Cluster) -> None:
@@ -56,17 +53,18 @@ async def preview(settings: Settings, cluster: Cluster) -> None:
     outdated."""
     first: asyncio.Future[Callable[[], World]] = asyncio.get_running_loop().create_future()
 
-    def publish(snapshot: Callable[[], World]) -> None:
+    def follow(source: Callable[[], World]) -> None:
         if not first.done():
-            first.set_result(snapshot)
+            first.set_result(source)
 
-    watch = asyncio.create_task(watch_forever(settings, cluster, publish))
-    snapshot = await first
-    try:
-        look = await asyncio.to_thread(_look_once, settings, snapshot())
-    finally:
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
+    async with Client(cluster) as client:
+        watch = asyncio.create_task(watch_forever(settings, cluster, client, follow))
+        source = await first
+        try:
+            look = await asyncio.to_thread(_look_once, settings, source())
+        finally:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
     for problem in look.problems:
         print(f"! {problem.reason}: {problem.message}")
     for action in look.todo:
@@ -85,18 +83,23 @@ def _look_once(settings: Settings, world: World) -> Look:
 
 
 async def watch_forever(
-    settings: Settings, cluster: Cluster, publish: Callable[[Callable[[], World]], None]
+    settings: Settings, cluster: Cluster, client: Client, follow: Callable[[Callable[[], World]], None]
 ) -> None:
-    """Ends with the process's SIGTERM or SIGINT, which kopf handles; whatever else ends kopf is tried
-    again."""
+    """Ends with the process's SIGTERM or SIGINT, which kopf handles; whatever else ends kopf is tried again.
+    What was known stays in force until the new watch knows everything."""
+    loop = asyncio.get_running_loop()
     while True:
-        registry, kopf_settings = make_registry(settings.node, cluster, publish)
+        watch = Watch(settings.node, cluster, follow)
+        prune = asyncio.create_task(prune_forever(watch, client), name="prune")
         try:
-            await kopf.operator(registry=registry, settings=kopf_settings, clusterwide=True, standalone=True)
+            await kopf.operator(
+                registry=watch.registry, settings=watch.settings, clusterwide=True, standalone=True
+            )
             return
         except (aiohttp.ClientError, OSError, kopf.LoginError, RuntimeError) as error:
             log.warning("can't watch the API server, the node stays as it is: %s", describe(error))
-        loop = asyncio.get_running_loop()
+        finally:
+            prune.cancel()
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)

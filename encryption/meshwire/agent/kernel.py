@@ -3,11 +3,12 @@ uses it."""
 
 from __future__ import annotations
 
+import enum
 import errno
 import logging
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -35,6 +36,7 @@ from meshwire.encryption.model import (
     Link,
     Observed,
     SettingsFlags,
+    device_sysctls,
 )
 from meshwire.encryption.model import Settings as DatapathSettings
 from meshwire.encryption.wireguard import KernelWireGuard, WireGuard
@@ -49,6 +51,18 @@ STALE = "stale"
 _PROBE_SECONDS = 60.0
 
 Metrics = dict[tuple[Reason, layouts.Direction], Counter]
+
+
+class Part(enum.Flag):
+    """What an observation reads anew rather than remembers. On a node with many peers and pods each of them
+    takes a tenth of a second, and most events concern one at most."""
+
+    NONE = 0
+    NETWORK = enum.auto()
+    """Links, addresses, routes, filters, sysctls."""
+    WIREGUARD = enum.auto()
+    MAPS = enum.auto()
+    ALL = NETWORK | WIREGUARD | MAPS
 
 
 @dataclass(slots=True)
@@ -75,6 +89,8 @@ class Kernel:
         self._chosen = Implementation.NONE
         self._implementations: dict[str, WireGuard] = {}
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
+        self._stale = Part.ALL
+        self._seen = Observed(links={})
 
     def close(self) -> None:
         """Lets go of everything; what is attached and pinned stays in force."""
@@ -91,28 +107,40 @@ class Kernel:
             self._socket = IPRoute()
         return self._socket
 
-    def observe(self, userspace_mode: Userspace, sysctls: Iterable[str] = ()) -> Observed:
-        links = netlink.observe_links(self._ipr)
-        self._chosen = self._implementation(userspace_mode, links)
-        wireguard = {name: self._observe_device(links[name]) for name in DEVICES if name in links}
-        return Observed(
-            links=links,
-            routes=netlink.observe_routes(self._ipr),
-            wireguard=wireguard,
-            datapath=self._observe_datapath(),
-            pinned=self._settings.pin_directory.exists(),
-            attachments=frozenset(self._observe_attachments(links)),
-            sysctls=netlink.read_sysctls(self._settings.proc_sys, sysctls),
-            endpoints=dict(self._endpoints),
-            implementation=self._chosen,
-            now=time.time(),
-        )
+    def observe(self, mode: Userspace, fresh: Part = Part.ALL) -> Observed:
+        """What is `fresh`, or was changed by `apply` since, is read; the rest is as it was read last."""
+        stale, seen = fresh | self._stale, self._seen
+        if Part.NETWORK in stale:
+            links = netlink.observe_links(self._ipr)
+            if any(_index(links, name) != _index(seen.links, name) for name in DEVICES):
+                stale |= Part.WIREGUARD
+            paths = [path for name in DEVICES for path, _ in device_sysctls(name)]
+            seen = replace(
+                seen,
+                links=links,
+                routes=netlink.observe_routes(self._ipr),
+                attachments=frozenset(self._observe_attachments(links)),
+                sysctls=netlink.read_sysctls(self._settings.proc_sys, paths),
+            )
+        if Part.WIREGUARD in stale:
+            devices = {
+                name: self._observe_device(seen.links[name]) for name in DEVICES if name in seen.links
+            }
+            seen = replace(seen, wireguard=devices)
+        if Part.MAPS in stale:
+            seen = replace(
+                seen, datapath=self._observe_datapath(), pinned=self._settings.pin_directory.exists()
+            )
+        self._seen, self._stale = seen, Part.NONE
+        self._chosen = self._implementation(mode, seen.links)
+        return replace(seen, endpoints=dict(self._endpoints), implementation=self._chosen, now=time.time())
 
     def metrics(self) -> Metrics:
         """The datapath's counters; none where it isn't loaded."""
         return self._loaded.maps.metrics.read() if self._loaded else {}
 
     def apply(self, action: plans.Action) -> None:
+        self._stale |= _touched(action)
         match action:
             case plans.LoadDatapath():
                 self._load()
@@ -165,7 +193,7 @@ class Kernel:
 
     # WireGuard
 
-    def _implementation(self, mode: Userspace, links: dict[str, Link]) -> Implementation:
+    def _implementation(self, mode: Userspace, links: Mapping[str, Link]) -> Implementation:
         if mode is not Userspace.ALWAYS:
             # Asked again now and then while the answer is no: the module may be installed meanwhile.
             if not self._kernel_wireguard and time.monotonic() >= self._probe_after:
@@ -261,7 +289,7 @@ class Kernel:
             ),
         )
 
-    def _observe_attachments(self, links: dict[str, Link]) -> Iterable[Attachment]:
+    def _observe_attachments(self, links: Mapping[str, Link]) -> Iterable[Attachment]:
         names = {link.index: link.name for link in links.values()}
         # One dump says where there can be filters at all: a node has hundreds of pod devices without any.
         candidates = {
@@ -300,6 +328,26 @@ class Kernel:
         for found in tc.find_filters(self._ipr, index):
             if found.direction == _DIRECTIONS[attachment.direction]:
                 tc.detach(self._ipr, found)
+
+
+def _index(links: Mapping[str, Link], name: str) -> int:
+    return links[name].index if name in links else 0
+
+
+def _touched(action: plans.Action) -> Part:
+    """What has to be looked at again after an action, done or failed."""
+    match action:
+        case plans.LoadDatapath() | plans.UnloadDatapath():
+            # Which filters are up to date depends on what is loaded.
+            return Part.MAPS | Part.NETWORK
+        case plans.WriteAddresses() | plans.DeleteAddresses() | plans.WriteNodes() | plans.WriteSettings():
+            return Part.MAPS
+        case plans.ConfigureDevice():
+            return Part.WIREGUARD
+        case plans.CreateDevice() | plans.DeleteDevice():
+            return Part.NETWORK | Part.WIREGUARD
+        case _:
+            return Part.NETWORK
 
 
 def remove_pins(directory: Path) -> None:

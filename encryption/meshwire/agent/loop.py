@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import aiohttp
 from pyroute2 import NetlinkError
 
 from meshwire.agent import state
-from meshwire.agent.kernel import Kernel, Metrics
+from meshwire.agent.kernel import Kernel, Metrics, Part
 from meshwire.agent.settings import Settings
 from meshwire.agent.userspace import CannotStart
 from meshwire.agent.watch import World
@@ -27,14 +28,12 @@ from meshwire.bpf.layouts import Reason
 from meshwire.encryption import keys, report
 from meshwire.encryption.desired import Inputs, desired, judge_config
 from meshwire.encryption.model import (
-    DEVICES,
     Desired,
     HeldKey,
     Member,
     Observed,
     Problem,
     SecretKey,
-    device_sysctls,
 )
 from meshwire.encryption.plan import Action, LoadDatapath, Plan, WriteSysctls, plan
 from meshwire.kube.client import ApiError, Client
@@ -85,12 +84,13 @@ def observe_and_plan(
     *,
     held: Mapping[int, HeldKey],
     last_good: MeshConfig | None,
+    fresh: Part = Part.ALL,
 ) -> Look:
     """Changes nothing. Raises what observing raises."""
     mode = (last_good or MeshConfig()).encryption.userspace
     if isinstance(world.config, MeshConfig):
         mode = world.config.encryption.userspace
-    observed = kernel.observe(mode, [path for device in DEVICES for path, _ in device_sysctls(device)])
+    observed = kernel.observe(mode, fresh)
     config, problem = judge_config(world.config, last_good, observed.links)
     wanted = desired(
         Inputs(
@@ -134,75 +134,93 @@ class Agent:
         self._sealing_public = keys.public_key(sealing_key)
         self._held = keys.read_held(settings.held_keys_file)
         self._config = state.read_config(settings.config_file)
-        self._snapshot: Callable[[], World] | None = None
+        self._source: Callable[[], World] | None = None
         self._wake = asyncio.Event()
+        self._stale = Part.ALL
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel")
+        self._world: World | None = None
+        self._own_created = ""
         self._written = 0.0
         self._published: Status | None = None
         self._failures = 0
         self.health = Health()
 
-    def publish(self, snapshot: Callable[[], World]) -> None:
-        """Called for every event from the API server."""
-        self._snapshot = snapshot
+    def follow(self, source: Callable[[], World]) -> None:
+        """Called for every event from the API server, with the way to ask what it has."""
+        self._source = source
         self._wake.set()
 
     def wake(self) -> None:
-        """Called when something in the kernel has changed."""
+        """Called when links, routes or filters have changed."""
+        self._stale |= Part.NETWORK
         self._wake.set()
 
     async def run(self, version: str) -> None:
         """Until cancelled. Errors are logged, reported and tried again, never raised."""
-        loop = asyncio.get_running_loop()
-        timeout = RESYNC
+        deadline = time.monotonic()
+        resync = deadline
         while True:
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._wake.wait()
-                await asyncio.sleep(SETTLE)
-            except TimeoutError:
-                pass
-            self._wake.clear()
-            self.health.last_run = time.monotonic()
-            if self._snapshot is None:
+            await self._sleep_until(deadline)
+            now = time.monotonic()
+            self.health.last_run = now
+            if self._source is None:
                 # Nothing is known yet, and what runs already goes on as it is.
+                deadline = now + RESYNC
                 continue
-            world = self._snapshot()
-            own = world.members.get(self._settings.node)
+            if now >= resync:
+                self._stale, resync = Part.ALL, now + RESYNC
+            world, stale = self._source(), self._stale
+            if now < deadline and not stale and world == self._world:
+                continue
+            self._stale = Part.NONE
             try:
-                problems = await self._fetch_keys(own)
-                outcome = await loop.run_in_executor(self._thread, self._converge, world, problems)
-                self._note(outcome)
-                late = await self._report(world, own, outcome, version)
-                timeout = self._next(outcome, late)
+                delay = await self._run_once(world, stale, version)
             except (OSError, NetlinkError, aiohttp.ClientError, ApiError) as error:
                 self.health.errors += 1
                 log.warning("trying again: %s", describe(error))
-                self._failures += 1
-                timeout = RETRIES[min(self._failures, len(RETRIES)) - 1]
+                delay = self._failed()
+            self._world = world
+            deadline = min(time.monotonic() + delay, resync)
+
+    async def _sleep_until(self, deadline: float) -> None:
+        """Or until something happens."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._wake.wait()
+                await asyncio.sleep(SETTLE)
+        self._wake.clear()
+
+    async def _run_once(self, world: World, stale: Part, version: str) -> float:
+        """Seconds until the next run, unless something happens."""
+        own = world.members.get(self._settings.node)
+        problems = await self._fetch_keys(own)
+        outcome = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self._converge, world, problems, stale
+        )
+        self.health.runs += 1
+        self.health.seconds = time.monotonic() - self.health.last_run
+        self.health.desired, self.health.observed = outcome.desired, outcome.observed
+        self.health.metrics = outcome.metrics
+        delay = await self._report(world, own, outcome, version) if own else RESYNC
+        if outcome.failed:
+            self.health.errors += 1
+            return self._failed()
+        self._failures = 0
+        if is_waiting(outcome):
+            self._stale |= Part.WIREGUARD
+            # With thousands of peers a look takes longer: leave most of the time to others.
+            delay = min(delay, max(HANDSHAKE_POLL, 4 * self.health.seconds))
+        return delay
+
+    def _failed(self) -> float:
+        self._stale = Part.ALL
+        self._failures += 1
+        return RETRIES[min(self._failures, len(RETRIES)) - 1]
 
     def close(self) -> None:
         """The datapath stays in force."""
         self._thread.submit(self._kernel.close)
         self._thread.shutdown()
-
-    def _note(self, outcome: Outcome) -> None:
-        self._failures = self._failures + 1 if outcome.failed else 0
-        self.health.runs += 1
-        self.health.errors += outcome.failed
-        self.health.seconds = time.monotonic() - self.health.last_run
-        self.health.desired, self.health.observed = outcome.desired, outcome.observed
-        self.health.metrics = outcome.metrics
-
-    def _next(self, outcome: Outcome, late: float) -> float:
-        """Seconds until the next look unless something happens."""
-        if outcome.failed:
-            return RETRIES[min(self._failures, len(RETRIES)) - 1]
-        if outcome.desired and outcome.desired.phase is Phase.ENABLING:
-            if report.unmoved(outcome.desired, outcome.observed):
-                # On a node with thousands of peers a look takes longer: leave most of the time to others.
-                return max(HANDSHAKE_POLL, 4 * self.health.seconds)
-        return min(RESYNC, late)
 
     # Keys
 
@@ -240,12 +258,12 @@ class Agent:
 
     # The kernel; all of this runs in the kernel's thread.
 
-    def _converge(self, world: World, problems: tuple[Problem, ...]) -> Outcome:
+    def _converge(self, world: World, problems: tuple[Problem, ...], fresh: Part) -> Outcome:
         """Observes, plans and applies until nothing differs, or something fails."""
         found = list(problems)
         applied: Plan = ()
         failed = False
-        look = self._look(world, found)
+        look = self._look(world, found, fresh)
         # Twice is what loading takes; a third time means that something else changes the same things.
         for _ in range(3):
             if not look.todo or failed:
@@ -255,13 +273,18 @@ class Agent:
             if error:
                 failed = True
                 found.append(error)
-            look = self._look(world, found)
+            look = self._look(world, found, Part.NONE)
         metrics = self._kernel.metrics()
         return Outcome(look.desired, look.observed, applied, tuple(dict.fromkeys(found)), metrics, failed)
 
-    def _look(self, world: World, problems: list[Problem]) -> Look:
+    def _look(self, world: World, problems: list[Problem], fresh: Part) -> Look:
         look = observe_and_plan(
-            self._kernel, self._settings.node, world, held=self._held, last_good=self._config
+            self._kernel,
+            self._settings.node,
+            world,
+            held=self._held,
+            last_good=self._config,
+            fresh=fresh,
         )
         problems += look.problems
         if look.config is world.config and look.config != self._config:
@@ -291,12 +314,12 @@ class Agent:
 
     # Status
 
-    async def _report(self, world: World, own: Member | None, outcome: Outcome, version: str) -> float:
-        """Writes the status if it is worth it; the answer is in how many seconds it will be, if nothing
-        happens."""
-        if own is None:
-            return RESYNC
-        current = self._published or world.status or Status()
+    async def _report(self, world: World, own: Member, outcome: Outcome, version: str) -> float:
+        """Writes the status if it is worth it; the answer is in how many seconds it will be."""
+        if own.created != self._own_created:
+            # Another MeshNode of this name knows nothing of what we told the old one.
+            self._own_created, self._published = own.created, None
+        before = self._published or world.status or Status()
         counts = report.Counts(
             leaked=sum(
                 counter.packets for (reason, _), counter in outcome.metrics.items() if reason in _LEAKED
@@ -308,27 +331,33 @@ class Agent:
         status = report.report(
             outcome.desired,
             outcome.observed,
-            previous=current,
+            previous=before,
             generation=own.generation,
             sealing_key=self._sealing_public,
             problems=outcome.problems,
             counts=counts,
             version=version,
         )
-        if world.status is not None and self._published is not None and world.status != self._published:
-            # Somebody else changed it, or our own write has not come back yet: then it is written once more,
-            # which changes nothing.
-            current = world.status
-        if status == current:
+        if status == before == world.status:
             return RESYNC
         waited = time.monotonic() - self._written
-        if not report.is_urgent(current, status) and waited < COUNTERS_EVERY:
+        if not report.is_urgent(before, status) and waited < COUNTERS_EVERY:
             return COUNTERS_EVERY - waited
         path = f"/apis/{names.API_VERSION}/{names.MESHNODES}/{own.name}/status"
         await self._client.patch(path, {"status": status.to_dict()})
         self._published = status
         self._written = time.monotonic()
         return RESYNC
+
+
+def is_waiting(outcome: Outcome) -> bool:
+    """A live peer has yet to prove its first handshake, of which nobody tells us."""
+    wanted = outcome.desired
+    return (
+        wanted is not None
+        and wanted.phase is Phase.ENABLING
+        and bool(report.unmoved(wanted, outcome.observed))
+    )
 
 
 def problem_of(error: Exception, doing: str) -> Problem:

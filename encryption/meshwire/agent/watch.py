@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
-from typing import Any
+from typing import Any, Final
 
+import aiohttp
 import kopf
 
 from meshwire.api import names
@@ -15,12 +17,15 @@ from meshwire.api.fields import InvalidSpec
 from meshwire.api.meshconfig import MeshConfig
 from meshwire.api.meshnode import MeshNode, Status
 from meshwire.encryption.model import ClusterNode, Member
-from meshwire.kube.client import Cluster
+from meshwire.kube.client import ApiError, Client, Cluster
 from meshwire.kube.login import login
 
 log = logging.getLogger("meshwire.agent")
 
-CHUNK = 100
+PRUNE_DELAY: Final = 5.0
+"""Seconds after the first object of a new list: the rest of it has to be in before anything counts as
+gone."""
+CHUNK: Final = 100
 """Objects a page of the first list: Nodes are large, and a thousand of them at once would stay in our
 memory."""
 
@@ -66,11 +71,82 @@ def parse_config(body: Mapping[str, Any]) -> tuple[MeshConfig | InvalidSpec, dic
         return error, spec
 
 
+class Watch:
+    """The API's objects as kopf's indexes hold them. kopf holds events back until every first list is in, so
+    the first snapshot is whole: a peer that is missing from it is gone."""
+
+    def __init__(self, node: str, cluster: Cluster, follow: Callable[[Callable[[], World]], None]) -> None:
+        """`follow` is called on every event, with the way to take a snapshot."""
+        self._follow = follow
+        self._node = node
+        self._indexes: Mapping[str, kopf.Index[str, Any]] | None = None
+        self._gone: frozenset[str] = frozenset()
+        self.relisted = asyncio.Event()
+        """Set when kopf has listed anew, after a watch was lost for too long: it says nothing of what was
+        deleted meanwhile."""
+        self.registry, self.settings = make_registry(node, cluster, self._event)
+
+    @property
+    def synced(self) -> bool:
+        return self._indexes is not None
+
+    def snapshot(self) -> World:
+        """Only once `synced`."""
+        assert self._indexes is not None
+        statuses = self._latest("statuses")
+        config = self._latest("configs").get(names.CONFIG_NAME)
+        own = statuses.get(self._node)
+        return World(
+            members={name: each.value for name, each in self._latest("members").items()},
+            nodes={name: each.value for name, each in self._latest("nodes").items()},
+            config=config.value[0] if config else None,
+            config_spec=config.value[1] if config else {},
+            status=own.value if own else None,
+        )
+
+    def known(self, index: str) -> frozenset[str]:
+        """UIDs."""
+        return frozenset(each.uid for store in (self._indexes or {})[index].values() for each in store)
+
+    def forget(self, uids: frozenset[str]) -> None:
+        """These objects are gone. A UID never comes back."""
+        self._gone |= uids
+        self._follow(self.snapshot)
+
+    def _latest(self, index: str) -> dict[str, _Kept]:
+        """By name. Where an object was made anew while we didn't watch, the old one may still be there."""
+        assert self._indexes is not None
+        found = {}
+        for name, store in self._indexes[index].items():
+            if alive := [each for each in store if each.uid not in self._gone]:
+                found[name] = max(alive, key=lambda each: each.created)
+        return found
+
+    def _event(self, type: str | None, indexes: Mapping[str, Any]) -> None:
+        if type is None and self._indexes is not None:
+            self.relisted.set()
+        self._indexes = indexes
+        self._follow(self.snapshot)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What an index keeps of an object."""
+
+    uid: str
+    created: str
+    value: Any
+
+
+def _kept(body: Mapping[str, Any], value: Any) -> dict[str, _Kept]:
+    metadata = body["metadata"]
+    return {metadata["name"]: _Kept(metadata.get("uid", ""), metadata.get("creationTimestamp", ""), value)}
+
+
 def make_registry(
-    node: str, cluster: Cluster, publish: Callable[[Callable[[], World]], None]
+    node: str, cluster: Cluster, event: Callable[[str | None, Mapping[str, Any]], None]
 ) -> tuple[kopf.OperatorRegistry, kopf.OperatorSettings]:
-    """Handlers that index, and publish a way to take a snapshot on every event. kopf holds events back until
-    every first list is in, so the first World is whole: a peer that is missing from it is gone."""
+    """Handlers that index and then call `event` with its type and the indexes."""
     # Not the smart registry of `@kopf.on` without one: that imports the official client for its login.
     registry = kopf.OperatorRegistry()
     settings = kopf.OperatorSettings()
@@ -86,58 +162,65 @@ def make_registry(
         return await login(cluster)
 
     @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="members", registry=registry)
-    def members(body: kopf.Body, **_: Any) -> Mapping[str, Member] | None:
+    def members(body: kopf.Body, **_: Any) -> Mapping[str, _Kept] | None:
+        metadata = dict(body["metadata"])
         try:
-            parsed = MeshNode.from_object(
-                {"metadata": dict(body["metadata"]), "spec": dict(body.get("spec") or {})}
-            )
+            parsed = MeshNode.from_object({"metadata": metadata, "spec": dict(body.get("spec") or {})})
         except InvalidSpec as error:
-            log.warning(
-                "MeshNode %s is malformed, its last good form stays: %s", body["metadata"]["name"], error
-            )
+            log.warning("MeshNode %s is malformed, its last good form stays: %s", metadata["name"], error)
             return None
-        return {
-            parsed.name: Member(
-                name=parsed.name, created=parsed.created, generation=parsed.generation, spec=parsed.spec
-            )
-        }
+        member = Member(
+            name=parsed.name, created=parsed.created, generation=parsed.generation, spec=parsed.spec
+        )
+        return _kept(body, member)
 
     @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="statuses", registry=registry)
-    def statuses(body: kopf.Body, **_: Any) -> Mapping[str, Status]:
+    def statuses(body: kopf.Body, **_: Any) -> Mapping[str, _Kept]:
         if body["metadata"]["name"] != node:
             return {}
         try:
-            return {node: MeshNode.from_object({"status": dict(body.get("status") or {})}).status}
+            return _kept(body, MeshNode.from_object({"status": dict(body.get("status") or {})}).status)
         except InvalidSpec:
-            return {node: Status()}
+            return _kept(body, Status())
 
     @kopf.index("", "v1", "nodes", id="nodes", registry=registry)
-    def nodes(body: kopf.Body, **_: Any) -> Mapping[str, ClusterNode]:
-        return {body["metadata"]["name"]: parse_node(body)}
+    def nodes(body: kopf.Body, **_: Any) -> Mapping[str, _Kept]:
+        return _kept(body, parse_node(body))
 
     @kopf.index(names.GROUP, names.VERSION, names.MESHCONFIGS, id="configs", registry=registry)
-    def configs(body: kopf.Body, **_: Any) -> Mapping[str, tuple[MeshConfig | InvalidSpec, dict[str, Any]]]:
-        return {body["metadata"]["name"]: parse_config(body)}
+    def configs(body: kopf.Body, **_: Any) -> Mapping[str, _Kept]:
+        return _kept(body, parse_config(body))
 
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHNODES, registry=registry)
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHCONFIGS, registry=registry)
     @kopf.on.event("", "v1", "nodes", registry=registry)
-    def changed(**kwargs: Any) -> None:
-        def snapshot() -> World:
-            config, spec = _first(kwargs["configs"]).get(names.CONFIG_NAME, (None, {}))
-            return World(
-                members=_first(kwargs["members"]),
-                nodes=_first(kwargs["nodes"]),
-                config=config,
-                config_spec=spec,
-                status=_first(kwargs["statuses"]).get(node),
-            )
-
-        publish(snapshot)
+    def changed(type: str | None, **kwargs: Any) -> None:
+        event(type, {name: kwargs[name] for name in ("members", "statuses", "nodes", "configs")})
 
     return registry, settings
 
 
-def _first(index: kopf.Index[str, Any]) -> dict[str, Any]:
-    """An index holds every object that gave a key; a name has one object."""
-    return {name: next(iter(store)) for name, store in index.items()}
+RESOURCES: Final = {
+    "members": f"/apis/{names.API_VERSION}/{names.MESHNODES}",
+    "nodes": "/api/v1/nodes",
+}
+"""Index to path, of the objects whose deletion must not be missed."""
+
+
+async def prune_forever(watch: Watch, client: Client) -> None:
+    """After every new list, asks for the UIDs there are, and forgets what is gone."""
+    while True:
+        await watch.relisted.wait()
+        await asyncio.sleep(PRUNE_DELAY)
+        watch.relisted.clear()
+        for index, path in RESOURCES.items():
+            known = watch.known(index)
+            try:
+                there = await client.uids(path)
+            except (aiohttp.ClientError, TimeoutError, ApiError) as error:
+                log.warning("can't list %s, trying again: %s", path, error)
+                watch.relisted.set()
+                continue
+            if gone := known - there:
+                log.info("%d %s are gone", len(gone), path.rpartition("/")[2])
+                watch.forget(gone)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_network
 from typing import Final, TypeVar
 
 from meshwire.api import names
@@ -30,6 +29,7 @@ from meshwire.encryption.model import (
     Route,
     Settings,
     SettingsFlags,
+    host_network,
     sorted_networks,
 )
 
@@ -87,7 +87,7 @@ def desired(inputs: Inputs) -> Desired | None:
         inputs.routes,
         own_addresses=own.spec.addresses,
         remote=[
-            network for name, shares in accepted.items() if name != own.name for network in shares.networks()
+            network for name, shares in accepted.items() if name != own.name for network in shares.networks
         ],
     )
     uplinks = inputs.config.network.uplinks or paths.uplinks
@@ -110,7 +110,7 @@ def desired(inputs: Inputs) -> Desired | None:
         devices = tuple(
             _device(inputs, own, accepted, key, mtu)
             for key in sorted(inputs.held.values(), key=lambda key: key.epoch)
-            if own.spec.public_key(key.epoch) == key.public_key and accepted[own.name].has_key(key.epoch)
+            if own.spec.public_key(key.epoch) == key.public_key and key.epoch in accepted[own.name].keys
         )
         if epoch and not any(device.epoch == epoch for device in devices):
             problems.append(_missing_key(own, accepted, epoch))
@@ -119,14 +119,16 @@ def desired(inputs: Inputs) -> Desired | None:
         phase=phase,
         epoch=epoch,
         settings=Settings(
-            _FLAGS[phase] | (SettingsFlags.STRICT if strict else SettingsFlags.NONE), own.spec.id, mtu
+            _FLAGS[phase] | (SettingsFlags.STRICT if strict else SettingsFlags.NONE),
+            accepted[own.name].number,
+            mtu,
         ),
         devices=devices,
         addresses=_addresses(inputs, own, accepted),
         redirects=_redirects(devices, accepted, own, phase, epoch),
         attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
         live_ids=frozenset(
-            shares.member.spec.id
+            shares.number
             for name, shares in accepted.items()
             if name != own.name and name in inputs.nodes and inputs.nodes[name].ready
         ),
@@ -163,7 +165,7 @@ def _own_order(inputs: Inputs) -> Member | None:
     return Member(
         name=inputs.node,
         spec=Spec(
-            id=next(number for number in range(names.MAX_NODE_ID, 0, -1) if number not in taken),
+            id=_free_number(taken),
             addresses=node.addresses,
             pod_cidrs=node.pod_cidrs,
             cluster_cidrs=leader.spec.cluster_cidrs,
@@ -175,18 +177,18 @@ def _own_order(inputs: Inputs) -> Member | None:
 
 @dataclass(frozen=True, slots=True)
 class _Shares:
-    """What of a member's spec is its own: nothing that an older member has already."""
+    """What of a member's spec is its own: nothing that an older member has already. `hosts` are its
+    addresses."""
 
     member: Member
-    addresses: tuple[Address, ...]
-    pod_cidrs: tuple[Network, ...]
+    number: int
+    pods: tuple[Network, ...]
+    hosts: tuple[Network, ...]
     keys: Mapping[int, str]
 
+    @property
     def networks(self) -> tuple[Network, ...]:
-        return (*self.pod_cidrs, *(ip_network(address) for address in self.addresses))
-
-    def has_key(self, epoch: int) -> bool:
-        return epoch in self.keys
+        return self.pods + self.hosts
 
 
 def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Problem]]:
@@ -195,10 +197,11 @@ def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Probl
     members = {name: member for name, member in inputs.members.items() if member.spec.id}
     members[own.name] = own
     by_age = sorted(members.values(), key=lambda member: (member.created or "~", member.name))
-    contested = _overlapping(by_age)
+    hosts = {member.name: tuple(map(host_network, member.spec.addresses)) for member in by_age}
+    contested = _overlapping((member.name, member.spec.pod_cidrs + hosts[member.name]) for member in by_age)
     problems: list[Problem] = []
     key_owner: dict[str, str] = {}
-    id_owner: dict[int, str] = {}
+    number_owner: dict[int, str] = {}
     claimed: list[tuple[Network, str]] = []
     accepted: dict[str, _Shares] = {}
 
@@ -218,45 +221,49 @@ def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Probl
         claimed.append((network, name))
         return True
 
+    taken = {member.spec.id for member in by_age}
     for member in by_age:
-        name, spec = member.name, member.spec
-        if (owner := id_owner.setdefault(spec.id, name)) != name:
-            problems.append(Problem("DuplicateID", f"nodes {owner} and {name} both have number {spec.id}"))
-            continue
+        name, number = member.name, member.spec.id
+        if (owner := number_owner.setdefault(number, name)) != name:
+            problems.append(Problem("DuplicateID", f"{owner} and {name} both have number {number}", False))
+            # Numbers are read on this node alone, so any other will do.
+            number = _free_number(taken)
+            taken.add(number)
         keys = {}
-        for key in spec.keys:
-            if (owner := key_owner.setdefault(key.public_key, name)) != name:
-                problems.append(
-                    Problem(
-                        "DuplicateKey",
-                        f"node {name} publishes the key of node {owner}, which is older and keeps it",
-                        blocking=own.name == name,
-                    )
-                )
+        for key in member.spec.keys:
+            if (owner := key_owner.setdefault(key.public_key, name)) == name:
+                keys[key.epoch] = key.public_key
                 continue
-            keys[key.epoch] = key.public_key
+            problems.append(
+                Problem(
+                    "DuplicateKey",
+                    f"{name} publishes the public key of {owner}, which is older and keeps it",
+                    blocking=own.name == name,
+                )
+            )
         accepted[name] = _Shares(
             member,
-            tuple(address for address in spec.addresses if free(ip_network(address), name)),
-            tuple(network for network in spec.pod_cidrs if free(network, name)),
+            number,
+            tuple(network for network in member.spec.pod_cidrs if free(network, name)),
+            tuple(network for network in hosts[name] if free(network, name)),
             keys,
         )
     return accepted, problems
 
 
-def _overlapping(members: Iterable[Member]) -> frozenset[Network]:
+def _free_number(taken: Container[int]) -> int:
+    return next(number for number in range(names.MAX_NODE_ID, 0, -1) if number not in taken)
+
+
+def _overlapping(claims: Iterable[tuple[str, tuple[Network, ...]]]) -> frozenset[Network]:
     """Networks that overlap one of another member: none, as a rule, so this is one sorted sweep."""
-    spans = sorted(
-        (
-            network.version,
-            int(network.network_address),
-            -int(network.broadcast_address),
-            member.name,
-            network,
-        )
-        for member in members
-        for network in (*member.spec.pod_cidrs, *(ip_network(address) for address in member.spec.addresses))
-    )
+    spans = []
+    for name, networks in claims:
+        for network in networks:
+            first = int(network.network_address)
+            last = first + (1 << (network.max_prefixlen - network.prefixlen)) - 1
+            spans.append((network.version, first, -last, name, network))
+    spans.sort(key=lambda span: span[:4])
     found: set[Network] = set()
     # CIDR blocks nest or are disjoint, so the blocks around the current one form a stack.
     around: list[tuple[int, int, str, Network]] = []
@@ -272,7 +279,7 @@ def _overlapping(members: Iterable[Member]) -> frozenset[Network]:
 
 def _missing_key(own: Member, accepted: Mapping[str, _Shares], epoch: int) -> Problem:
     published = own.spec.public_key(epoch)
-    if published and not accepted[own.name].has_key(epoch):
+    if published and epoch not in accepted[own.name].keys:
         return Problem("DuplicateKey", f"this node's key of epoch {epoch} belongs to an older node")
     if published:
         return Problem("WaitingForKey", f"the key of epoch {epoch} is published but not opened here yet")
@@ -292,20 +299,20 @@ def _device(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], key: H
             Peer(
                 node=name,
                 public_key=shares.keys[key.epoch],
-                endpoint=_endpoint(own.spec.addresses, shares.addresses, port),
-                allowed_ips=frozenset(shares.networks()),
+                endpoint=_endpoint(own.spec.addresses, shares.hosts, port),
+                allowed_ips=frozenset(shares.networks),
                 keepalive=encryption.keepalive,
             )
             for name, shares in sorted(accepted.items())
-            if name != own.name and shares.has_key(key.epoch)
+            if name != own.name and key.epoch in shares.keys
         ),
     )
 
 
-def _endpoint(own: Iterable[Address], other: Iterable[Address], port: int) -> Endpoint | None:
+def _endpoint(own: Iterable[Address], other: Iterable[Network], port: int) -> Endpoint | None:
     """The other node's first address of a family that this node has too; IPv4 first: less overhead."""
     families = {address.version for address in own}
-    usable = [address for address in other if address.version in families]
+    usable = [host.network_address for host in other if host.version in families]
     return Endpoint(min(usable, key=lambda address: address.version), port) if usable else None
 
 
@@ -318,10 +325,8 @@ def _addresses(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares]) -> 
     for node in inputs.nodes.values():
         entries |= dict.fromkeys(node.pod_cidrs, unknown)
     for shares in accepted.values():
-        number = shares.member.spec.id
-        entries |= dict.fromkeys(shares.pod_cidrs, AddressEntry(number, AddressFlags.POD))
-        host = AddressEntry(number, AddressFlags.HOST)
-        entries |= dict.fromkeys((ip_network(address) for address in shares.addresses), host)
+        entries |= dict.fromkeys(shares.pods, AddressEntry(shares.number, AddressFlags.POD))
+        entries |= dict.fromkeys(shares.hosts, AddressEntry(shares.number, AddressFlags.HOST))
     return {network: entries[network] for network in sorted_networks(entries)}
 
 
@@ -332,7 +337,7 @@ def _redirects(
     if device is None or phase is Phase.DRAINING:
         return {}
     return {
-        accepted[peer.node].member.spec.id: Redirect(
+        accepted[peer.node].number: Redirect(
             device.name, peer.public_key, when_proven=phase is not Phase.ENFORCING
         )
         for peer in device.peers

@@ -84,15 +84,21 @@ def _indexes_towards(routes: tuple[Route, ...], remote: tuple[Network, ...]) -> 
                 break
 
     for version in (4, 6):
-        starts = sorted(
-            (int(n.network_address), int(n.broadcast_address)) for n in set(remote) if n.version == version
-        )
-        firsts = [first for first, _ in starts]
-        for route in routes:
-            if route.destination.version != version or route.destination.prefixlen == 0 or not starts:
-                continue
-            first = int(route.destination.network_address)
-            position = bisect_right(firsts, first) - 1
-            if position >= 0 and int(route.destination.broadcast_address) <= starts[position][1]:
+        specific = [
+            route for route in routes if route.destination.version == version and route.destination.prefixlen
+        ]
+        if not specific:
+            continue
+        spans = sorted(_span(network) for network in set(remote) if network.version == version)
+        starts = [first for first, _ in spans]
+        for route in specific:
+            first, last = _span(route.destination)
+            position = bisect_right(starts, first) - 1
+            if position >= 0 and last <= spans[position][1]:
                 found.update(route.interfaces)
     return found
+
+
+def _span(network: Network) -> tuple[int, int]:
+    first = int(network.network_address)
+    return first, first + (1 << (network.max_prefixlen - network.prefixlen)) - 1

@@ -7,7 +7,7 @@ import enum
 import hmac
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Final, NoReturn
 
 from meshwire.api import names
@@ -307,6 +307,12 @@ def device_sysctls(name: str) -> tuple[tuple[str, str], ...]:
         (f"net/ipv6/conf/{name}/forwarding", "1"),
         (f"net/ipv6/conf/{name}/disable_ipv6", "0"),
     )
+
+
+def host_network(address: Address) -> Network:
+    """The /32 or /128 of an address. `ip_network(address)` does the same by way of strings, in six times the
+    time."""
+    return IPv4Network(int(address)) if isinstance(address, IPv4Address) else IPv6Network(int(address))
 
 
 def sorted_networks(networks: Iterable[Network]) -> list[Network]:

@@ -24,6 +24,8 @@ MERGE_PATCH: Final = "application/merge-patch+json"
 JSON_PATCH: Final = "application/json-patch+json"
 APPLY_PATCH: Final = "application/apply-patch+yaml"
 
+METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
 Object = dict[str, Any]
 
 
@@ -134,6 +136,7 @@ class Client:
         body: Any = None,
         params: Mapping[str, str] | None = None,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> Object:
         """One request, its JSON answer."""
         async with self._session.request(
@@ -141,7 +144,7 @@ class Client:
             self.cluster.server + path,
             data=None if body is None else json.dumps(body),
             params=params,
-            headers=self._headers(content_type),
+            headers={**self._headers(content_type), "Accept": accept},
         ) as response:
             await _raise_for_status(response)
             answer: Object = await response.json(content_type=None)
@@ -158,6 +161,17 @@ class Client:
             if error.status == 404:
                 return None
             raise
+
+    async def uids(self, path: str) -> frozenset[str]:
+        """Of all objects of a resource, in pages of metadata alone."""
+        found: set[str] = set()
+        params = {"limit": "500"}
+        while True:
+            page = await self.request("GET", path, params=params, accept=METADATA_LIST)
+            found.update(item["metadata"]["uid"] for item in page["items"])
+            if not (token := page["metadata"].get("continue")):
+                return frozenset(found)
+            params["continue"] = token
 
     async def create(self, path: str, body: Object, **params: str) -> Object:
         return await self.request("POST", path, body=body, params=params)
