@@ -1,4 +1,4 @@
-"""`make demo`: a cluster on this machine, encrypted by one `kubectl apply`, with a capture of the wire before and after.
+"""`make demo`: a cluster on this machine, encrypted by one `kubectl apply`; the wire is captured before and after.
 
 Everything is real: control plane, agents, WireGuard, packets. The lab stays up."""
 
