@@ -1,4 +1,4 @@
-"""`make demo`: a cluster on this machine, encrypted by one `kubectl apply`; the wire is captured before and after.
+"""`make demo`: a cluster on this machine, encrypted by one `kubectl apply`, and what its wire shows.
 
 Everything is real: control plane, agents, WireGuard, packets. The lab stays up."""
 
@@ -21,6 +21,7 @@ from rich.table import Table
 
 from meshwire.lab import binaries
 from meshwire.lab.capture import Capture, Report
+from meshwire.lab.exercise import Exercise
 from meshwire.lab.lab import Lab
 from meshwire.lab.model import LabError, Settings
 
@@ -42,36 +43,11 @@ class Outcome:
     total: int
 
 
-def workload() -> list[dict[str, object]]:
-    """A pod on every node that answers TCP and UDP, and a service of both families in front of them."""
-    labels = {"app": "echo"}
-    container = {"name": "echo", "image": "from-the-host", "command": [*TRAFFIC, "serve"]}
-    ports = [{"name": name.lower(), "port": 5201, "protocol": name} for name in ("TCP", "UDP")]
-    return [
-        {
-            "apiVersion": "apps/v1",
-            "kind": "DaemonSet",
-            "metadata": {"name": "echo", "namespace": "default"},
-            "spec": {
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": {"containers": [container]}},
-            },
-        },
-        {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": {"name": "echo", "namespace": "default"},
-            "spec": {"selector": labels, "ports": ports, "ipFamilyPolicy": "RequireDualStack"},
-        },
-    ]
-
-
-def send_traffic(lab: Lab) -> list[Outcome]:
+def send_traffic(exercise: Exercise) -> list[Outcome]:
     """Ping, TCP and UDP between every two pods and through the service, both families."""
-    pods = lab.get("pods", "--selector=app=echo")["items"]
-    names = [pod["metadata"]["name"] for pod in pods]
-    addresses = {pod["metadata"]["name"]: [ip["ip"] for ip in pod["status"]["podIPs"]] for pod in pods}
-    service = lab.get("service", "echo")["spec"]["clusterIPs"]
+    probes = [exercise.probe(node) for node in exercise.lab.nodes]
+    names = [probe.name for probe in probes]
+    addresses = {probe.name: probe.addresses for probe in probes}
 
     tries: dict[str, list[tuple[str, list[str]]]] = {}
     for source, target in permutations(names, 2):
@@ -81,11 +57,11 @@ def send_traffic(lab: Lab) -> list[Outcome]:
             tries.setdefault(f"TCP {family}", []).append((source, ["ask", address]))
             tries.setdefault(f"UDP {family}", []).append((source, ["ask", address, "--udp"]))
     for source in names:
-        for address in service * ROUNDS:
+        for address in exercise.services() * ROUNDS:
             family = "IPv6" if ":" in address else "IPv4"
             tries.setdefault(f"TCP {family} by ClusterIP", []).append((source, ["ask", address]))
             tries.setdefault(f"UDP {family} by ClusterIP", []).append((source, ["ask", address, "--udp"]))
-    return [run_tries(lab, kind, attempts) for kind, attempts in sorted(tries.items())]
+    return [run_tries(exercise.lab, kind, attempts) for kind, attempts in sorted(tries.items())]
 
 
 def run_tries(lab: Lab, kind: str, attempts: list[tuple[str, list[str]]]) -> Outcome:
@@ -99,10 +75,10 @@ def run_tries(lab: Lab, kind: str, attempts: list[tuple[str, list[str]]]) -> Out
     return Outcome(kind, good, len(attempts))
 
 
-def observe(lab: Lab, path: Path) -> tuple[list[Outcome], Report]:
+def observe(exercise: Exercise, path: Path) -> tuple[list[Outcome], Report]:
     capture = Capture(path)
     with capture:
-        outcomes = send_traffic(lab)
+        outcomes = send_traffic(exercise)
     assert capture.report
     return outcomes, capture.report
 
@@ -161,11 +137,11 @@ def demonstrate() -> bool:
         lab = Lab(report=report)
         lab.up(Settings(nodes=3))
     with step("Workload: a pod per node, and a service"):
-        lab.apply(*workload())
-        lab.kubectl("rollout", "status", "daemonset/echo", "--timeout=120s")
+        exercise = Exercise(lab)
+        exercise.deploy()
     with tempfile.TemporaryDirectory(prefix="meshwire-demo-") as directory:
         with step("Traffic before"):
-            before, wire_before = observe(lab, Path(directory, "before.pcap"))
+            before, wire_before = observe(exercise, Path(directory, "before.pcap"))
         console.print(f"\n$ kubectl apply -f {SAMPLE.relative_to(ROOT)}", style="bold")
         console.print(lab.kubectl("apply", "-f", str(SAMPLE)).strip())
         with step("Encrypting"):
@@ -174,7 +150,7 @@ def demonstrate() -> bool:
             )
             lab.kubectl("wait", "meshstatus/mesh", "--for=condition=Ready", "--timeout=120s")
         with step("Traffic with encryption"):
-            after, wire_after = observe(lab, Path(directory, "after.pcap"))
+            after, wire_after = observe(exercise, Path(directory, "after.pcap"))
     console.print()
     show_traffic(before, after)
     show_wire(wire_before, wire_after)
