@@ -71,19 +71,19 @@ async def watch(
     and ends for good on some errors."""
     complaint = ""
     while True:
+        # kopf takes the signals for itself while it runs, and doesn't give them back.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
             if missing := await _missing_kinds(client):
                 problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
             else:
-                # It takes the signals over, and returns when one comes.
                 await kopf.operator(
                     registry=make_registry(cluster, loop.publish),
                     settings=make_settings(),
                     namespaces=[namespace],
-                    stop_flag=stop,
                 )
+                # It returns when a signal came.
                 stop.set()
                 return
         except Exception as error:

@@ -44,6 +44,8 @@ def make_settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.peering.standalone = True
+    # By default the process is killed ten minutes after it was told to end.
+    settings.process.ultimate_exiting_timeout = None
     # Resources and namespaces are known: no rights to list either are needed.
     settings.scanning.disabled = True
     settings.watching.chunk_size = PAGE
