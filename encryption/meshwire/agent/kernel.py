@@ -178,6 +178,9 @@ class Kernel:
                 self._forget(name)
             case plans.SetLink(name, mtu, add_address):
                 netlink.set_up(self._ipr, name, mtu=mtu, add_address=add_address)
+                if isinstance(self._implementations.get(name), uapi.Uapi):
+                    # Its sockets are there only now.
+                    userspace.ensure_device(self._settings.run_directory, name)
             case plans.WriteSysctls(sysctls):
                 for path, text in sysctls:
                     netlink.write_sysctl(self._settings.proc_sys, path, text)
