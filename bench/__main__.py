@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from bench import isolated
 from bench.figures import Figure
-from meshwire.cli.findings import make_console
 from rich.table import Table
 from rich.text import Text
+
+from meshwire.cli.findings import make_console
 
 RESULTS: Final = Path(__file__).parent / "results" / "latest.json"
 
