@@ -69,8 +69,8 @@ NODES: Final = (Node(1), Node(2))
 
 
 def measure() -> list[Figure]:
-    """In namespaces of its own (bench.isolated). About three minutes. Raises CalledProcessError, RuntimeError
-    or OSError where a part does not do what it should."""
+    """In namespaces of its own (bench.isolated). Three minutes. Raises CalledProcessError, RuntimeError or
+    OSError where a part does not do what it should."""
     with ExitStack() as resources:
         implementation = resources.enter_context(two_nodes())
         redirects = resources.enter_context(datapath(Path("/sys/fs/bpf")))

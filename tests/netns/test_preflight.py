@@ -126,6 +126,15 @@ def test_foreign_filters_are_seen(ipr: IPRoute) -> None:
     assert hooks == {"ingress": (), "egress": (Filter("bpf", "theirs", 1),)}
 
 
+def test_an_ingress_qdisc_is_told_from_clsact(ipr: IPRoute) -> None:
+    index = socket.if_nametoindex("eth0")
+    ipr.tc("add", "ingress", index)
+    assert all(hook.blocked for hook in probes.find_filters(eth0()))
+    ipr.tc("del", "ingress", index)
+    ipr.tc("add", "clsact", index)
+    assert not any(hook.blocked for hook in probes.find_filters(eth0()))
+
+
 def test_tcx_programs_are_seen(ipr: IPRoute) -> None:
     hooks = probes.find_tcx(eth0())
     if hooks is None:

@@ -311,6 +311,13 @@ CASES = (
         FAIL,
         "a filter of kind u32 holds priority 1",
     ),
+    Case(
+        "an ingress qdisc leaves no place for clsact",
+        checks.judge_filters,
+        [Hook(device="eth0", direction="egress", blocked=True)],
+        FAIL,
+        "eth0 has an ingress qdisc",
+    ),
     Case("a firewall that can't be read", firewall, Firewall(readable=False), SKIP, "can't be listed"),
     Case("no firewall", firewall, Firewall(readable=True), PASS, "no base chain"),
     Case(

@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Final
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    # The base package is the agent's, which has no use for it.
+    raise SystemExit("meshwire: the command line needs more: pip install 'meshwire[cli]'") from None
 
 COMMANDS: Final = {
     "status": ("meshwire.cli.status", "status", "Is traffic between nodes encrypted, and if not, why."),

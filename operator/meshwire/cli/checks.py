@@ -333,13 +333,21 @@ def judge_tcx(hooks: Sequence[Hook] | None) -> Iterator[Finding]:
 
 
 def judge_filters(hooks: Sequence[Hook]) -> Iterator[Finding]:
+    blocked = sorted({hook.device for hook in hooks if hook.blocked})
+    for device in blocked:
+        yield failure(
+            "tc filters",
+            f"{device} has an ingress qdisc, in the place of clsact",
+            why="it has no egress hook, where packets are sent into tunnels; a device has one of the two",
+            todo=f"have its owner use clsact, which takes the same filters; see: tc qdisc show dev {device}",
+        )
     first = [
         (hook, filter)
         for hook in hooks
         for filter in hook.filters
         if filter.priority <= OWN_PRIORITY and not filter.name.startswith(OWN_FILTERS)
     ]
-    if not first:
+    if not first and not blocked:
         yield passed("tc filters", "no other filter at priority 1")
     for hook, filter in first:
         whose = f"{filter.kind} {filter.name}".strip()

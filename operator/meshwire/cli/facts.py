@@ -77,12 +77,13 @@ class Filter:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hook:
     """What sits on one hook, `ingress` or `egress`, of a device pod traffic leaves by. `tcx` has program
-    names."""
+    names; `blocked`: an ingress qdisc has the place of clsact."""
 
     device: str
     direction: str
     filters: tuple[Filter, ...] = ()
     tcx: tuple[str, ...] = ()
+    blocked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -227,10 +227,20 @@ def find_filters(devices: Devices) -> list[Hook]:
 
     with IPRoute() as ipr:
         return [
-            Hook(device=device.name, direction=direction, filters=_read_filters(ipr, device.name, parent))
+            Hook(
+                device=device.name,
+                direction=direction,
+                filters=_read_filters(ipr, device.name, parent),
+                blocked=_has_ingress_qdisc(ipr, device.name),
+            )
             for device in (*devices.uplinks, *devices.overlays)
             for direction, parent, _ in HOOKS
         ]
+
+
+def _has_ingress_qdisc(ipr: Any, device: str) -> bool:
+    qdiscs = ipr.get_qdiscs(index=socket.if_nametoindex(device))
+    return any(message.get_attr("TCA_KIND") == "ingress" for message in qdiscs)
 
 
 def _read_filters(ipr: Any, device: str, parent: int) -> tuple[Filter, ...]:
