@@ -28,8 +28,8 @@ RESULTS: Final = Path(__file__).parent / "results" / "latest.json"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A module whose main prints JSON: a list of figures, or an object that `figures_of` understands. It is
-    ended after `seconds`."""
+    """A module whose measure() gives a list of figures, or what `figures_of` makes figures of. It is ended
+    after `seconds`."""
 
     module: str
     title: str
@@ -91,7 +91,7 @@ def main(chosen: list[str]) -> int:
         measured: dict[str, Any] = {}
         try:
             with console.status(f"{part.title} (up to {part.seconds:.0f} s)"):
-                answer = json.loads(isolated.run(part.module, seconds=part.seconds))
+                answer = isolated.measure(part.module, seconds=part.seconds)
             figures = figures_of(answer)
             measured["figures"] = [figure.as_json() for figure in figures]
             if isinstance(answer, dict):

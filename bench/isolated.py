@@ -3,11 +3,14 @@ machine, and whatever it leaves behind goes with it, however it ends."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 SETUP: Final = """
 set -e
@@ -28,12 +31,13 @@ class Failed(Exception):
     """A measurement did not come to its end; the text ends with the last it said."""
 
 
-def run(module: str, *arguments: str, seconds: float) -> str:
-    """What `python -m MODULE` prints. It is ended after `seconds`. Raises Failed; needs root."""
+def measure(module: str, *, seconds: float) -> Any:
+    """What the module's measure() returns, as JSON can say it. It is ended after `seconds`. Raises Failed;
+    needs root."""
     command = [
         *("unshare", "--mount", "--propagation", "private", "--net"),
         *("--pid", "--fork", "--kill-child", "--mount-proc"),
-        *("sh", "-c", SETUP, "isolated", sys.executable, "-m", module, *arguments),
+        *("sh", "-c", SETUP, "isolated", sys.executable, "-m", "bench.isolated", module),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
@@ -44,9 +48,15 @@ def run(module: str, *arguments: str, seconds: float) -> str:
         raise Failed(f"{module} took longer than {seconds:.0f} s: {_tail(error.stderr)}") from None
     if done.returncode:
         raise Failed(f"{module} ended with {done.returncode}: {_tail(done.stderr)}")
-    return done.stdout
+    return json.loads(done.stdout)
 
 
 def _tail(text: str | bytes | None) -> str:
     words = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
     return words.strip()[-1500:]
+
+
+if __name__ == "__main__":
+    # Whatever a library prints to stdout must not get into the answer.
+    answer, sys.stdout = sys.stdout, sys.stderr
+    json.dump(import_module(sys.argv[1]).measure(), answer, default=asdict)

@@ -3,12 +3,11 @@ In a lab of its own, with everything a cluster has but the machines."""
 
 from __future__ import annotations
 
-import json
-import sys
+import asyncio
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from bench.figures import Figure, p50_p95
 
@@ -22,6 +21,7 @@ from meshwire.lab.model import Settings
 CYCLES: Final = 10
 NODES: Final = 3
 WAIT_SECONDS: Final = 60.0
+POLL_SECONDS: Final = 0.02
 STATUS_PATH: Final = f"/apis/{names.API_VERSION}/{names.MESHSTATUSES}/{names.STATUS_NAME}"
 
 
@@ -99,7 +99,7 @@ def _wait(lab: Lab, phase: Phase, *, nodes: int) -> float:
             found = await client.find(STATUS_PATH)
             if found and is_there(MeshStatus.from_object(found)):
                 return time.monotonic()
-            await _pause()
+            await asyncio.sleep(POLL_SECONDS)
         raise TimeoutError(f"not {phase} on {nodes} nodes within {WAIT_SECONDS:.0f} s: {found}")
 
     return lab.call(watch)
@@ -113,17 +113,7 @@ def _wait_for_node(lab: Lab, name: str) -> float:
         while time.monotonic() < deadline:
             if await client.find(f"/api/v1/nodes/{name}"):
                 return time.monotonic()
-            await _pause()
+            await asyncio.sleep(POLL_SECONDS)
         raise TimeoutError(f"no Node {name} within {WAIT_SECONDS:.0f} s")
 
     return lab.call(watch)
-
-
-async def _pause() -> Any:
-    import asyncio
-
-    await asyncio.sleep(0.02)
-
-
-if __name__ == "__main__":
-    json.dump([figure.as_json() for figure in measure()], sys.stdout)

@@ -4,8 +4,6 @@ MeshNodes, one real agent with its WireGuard device. The other nodes are objects
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 import tempfile
 import time
 from base64 import b64encode
@@ -247,7 +245,3 @@ def _settled(pid: int) -> int:
 def _status_kib(pid: int, field: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
-
-
-if __name__ == "__main__":
-    json.dump([figure.as_json() for figure in measure()], sys.stdout)

@@ -333,5 +333,3 @@ if __name__ == "__main__":
             echo()
         case ["ask", source, target]:
             print(ask(source, target))
-        case _:
-            json.dump([figure.as_json() for figure in measure()], sys.stdout)
