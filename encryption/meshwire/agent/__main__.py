@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import sys
 
 
@@ -12,18 +11,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="meshwire-agent", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for noisy in ("kopf", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
     # kopf imports the official client to recognise its classes, wherever that is installed: 20 MB which an
     # agent on every node does without. So this comes before anything imports kopf.
     sys.modules["kubernetes"] = None  # type: ignore[assignment]
-    from meshwire.agent import daemon
+    from meshwire.agent import daemon, logs
     from meshwire.agent.settings import InvalidEnvironment, read_settings
     from meshwire.encryption.keys import KeyRefused
     from meshwire.kube.client import NoCluster, find_cluster
 
+    logs.configure()
     try:
         work = daemon.preview if arguments.dry_run else daemon.run
         asyncio.run(work(read_settings(), find_cluster()))

@@ -9,7 +9,8 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Final
 
 import aiohttp
@@ -20,7 +21,7 @@ from meshwire.agent.kernel import Kernel, Metrics, Part
 from meshwire.agent.settings import Settings
 from meshwire.agent.userspace import CannotStart
 from meshwire.agent.watch import World
-from meshwire.api import names
+from meshwire.api import conditions, names
 from meshwire.api.meshconfig import MeshConfig
 from meshwire.api.meshnode import Phase, Status
 from meshwire.bpf import loader, tc
@@ -36,6 +37,7 @@ from meshwire.encryption.model import (
     SecretKey,
 )
 from meshwire.encryption.plan import Action, LoadDatapath, Plan, WriteSysctls, plan
+from meshwire.kube import events
 from meshwire.kube.client import ApiError, Client
 
 log = logging.getLogger("meshwire.agent")
@@ -48,6 +50,7 @@ SETTLE: Final = 0.02
 """Seconds that further events have to join one that has come."""
 COUNTERS_EVERY: Final = 10.0
 """Seconds between status writes for counters alone."""
+CONTROLLER: Final = f"{names.GROUP}/agent"
 RETRIES: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 _LEAKED: Final = (Reason.CLEAR_LEAKED, Reason.CLEAR_ARRIVED, Reason.DROP_CLEAR_ARRIVED)
@@ -139,7 +142,8 @@ class Agent:
         self._stale = Part.ALL
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel")
         self._world: World | None = None
-        self._own_created = ""
+        self._outcome: Outcome | None = None
+        self._own_uid = ""
         self._written = 0.0
         self._published: Status | None = None
         self._failures = 0
@@ -194,9 +198,7 @@ class Agent:
         """Seconds until the next run, unless something happens."""
         own = world.members.get(self._settings.node)
         problems = await self._fetch_keys(own)
-        outcome = await asyncio.get_running_loop().run_in_executor(
-            self._thread, self._converge, world, problems, stale
-        )
+        outcome = await self._converge_in_thread(world, problems, stale)
         self.health.runs += 1
         self.health.seconds = time.monotonic() - self.health.last_run
         self.health.desired, self.health.observed = outcome.desired, outcome.observed
@@ -211,6 +213,21 @@ class Agent:
             # With thousands of peers a look takes longer: leave most of the time to others.
             delay = min(delay, max(HANDSHAKE_POLL, 4 * self.health.seconds))
         return delay
+
+    async def _converge_in_thread(self, world: World, problems: tuple[Problem, ...], stale: Part) -> Outcome:
+        """Where the kernel can't be read, it is as it was last, and that is a problem. Raises what observing
+        raises where it was never read."""
+        try:
+            self._outcome = await asyncio.get_running_loop().run_in_executor(
+                self._thread, self._converge, world, problems, stale
+            )
+        except (OSError, NetlinkError) as error:
+            if self._outcome is None:
+                raise
+            log.warning("can't look at the node: %s", describe(error))
+            problem = Problem("ObserveFailed", describe(error))
+            return replace(self._outcome, applied=(), problems=(*problems, problem), failed=True)
+        return self._outcome
 
     def _failed(self) -> float:
         self._stale = Part.ALL
@@ -316,9 +333,9 @@ class Agent:
 
     async def _report(self, world: World, own: Member, outcome: Outcome, version: str) -> float:
         """Writes the status if it is worth it; the answer is in how many seconds it will be."""
-        if own.created != self._own_created:
+        if own.uid != self._own_uid:
             # Another MeshNode of this name knows nothing of what we told the old one.
-            self._own_created, self._published = own.created, None
+            self._own_uid, self._published = own.uid, None
         before = self._published or world.status or Status()
         counts = report.Counts(
             leaked=sum(
@@ -347,7 +364,34 @@ class Agent:
         await self._client.patch(path, {"status": status.to_dict()})
         self._published = status
         self._written = time.monotonic()
+        await self._announce(own, before, status)
         return RESYNC
+
+    async def _announce(self, own: Member, before: Status, after: Status) -> None:
+        """An Event where the Ready condition's reason changed, for `kubectl describe meshnode`."""
+        old, new = (conditions.find(each.conditions, conditions.READY) for each in (before, after))
+        if new is None or (old and old.reason == new.reason):
+            return
+        happened = events.Event(
+            kind="MeshNode",
+            name=own.name,
+            uid=own.uid,
+            api_version=names.API_VERSION,
+            reason=new.reason,
+            action="Reconcile",
+            note=new.message,
+            warning=not new.status and new.reason != "Preparing",
+        )
+        try:
+            await events.publish(
+                self._client,
+                happened,
+                controller=CONTROLLER,
+                instance=own.name,
+                now=datetime.now(UTC),
+            )
+        except (aiohttp.ClientError, TimeoutError, ApiError) as error:
+            log.warning("can't publish an event: %s", describe(error))
 
 
 def is_waiting(outcome: Outcome) -> bool:

@@ -170,7 +170,11 @@ def make_registry(
             log.warning("MeshNode %s is malformed, its last good form stays: %s", metadata["name"], error)
             return None
         member = Member(
-            name=parsed.name, created=parsed.created, generation=parsed.generation, spec=parsed.spec
+            name=parsed.name,
+            uid=parsed.uid,
+            created=parsed.created,
+            generation=parsed.generation,
+            spec=parsed.spec,
         )
         return _kept(body, member)
 

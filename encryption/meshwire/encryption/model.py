@@ -63,10 +63,11 @@ class HeldKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A MeshNode without its status. `created` orders members by age (RFC 3339, as the API server writes
-    it)."""
+    """A MeshNode without its status; `uid` tells it from a later one of that name. `created` orders members
+    by age (RFC 3339, as the API server writes it)."""
 
     name: str
+    uid: str = ""
     created: str = ""
     generation: int = 0
     spec: Spec = field(default_factory=Spec)

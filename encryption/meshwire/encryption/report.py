@@ -124,7 +124,9 @@ def _progress(desired: Desired, observed: Observed, status: Status) -> tuple[boo
     if desired.phase is Phase.OFF:
         return True, "Off", "encryption is off"
     if desired.phase is Phase.DRAINING:
-        return status.active_epoch == 0, "Preparing", "leaving the tunnels"
+        if status.active_epoch:
+            return False, "Preparing", "leaving the tunnels"
+        return True, "Ready", "traffic is in clear; the devices still receive"
     if not status.prepared_epoch:
         return False, "Preparing", f"setting up epoch {desired.epoch}"
     if desired.phase is Phase.ENABLING and status.active_epoch == 0:
