@@ -357,6 +357,7 @@ class Agent:
         )
         if status == before == world.status:
             return RESYNC
+        # What differs from the API server's alone may be on its way back to us, or somebody else's doing.
         waited = time.monotonic() - self._written
         if not report.is_urgent(before, status) and waited < COUNTERS_EVERY:
             return COUNTERS_EVERY - waited

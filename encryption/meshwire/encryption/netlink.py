@@ -21,6 +21,9 @@ _IFF_UP: Final = 1
 # linux/rtnetlink.h
 _RTN_UNICAST: Final = 1
 _RT_TABLE_LOCAL: Final = 255
+QUEUE_LENGTH: Final = 8192
+"""Packets that a userspace device holds while its process gets no processor; a TUN's 500 are a few tens of
+milliseconds."""
 _RT_SCOPE_HOST: Final = 254
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 
@@ -138,7 +141,8 @@ def set_up(ipr: IPRoute, name: str, *, mtu: int, add_address: bool) -> None:
     index = find_index(ipr, name)
     if index is None:
         raise NetlinkError(errno.ENODEV, f"no device {name}")
-    ipr.link("set", index=index, mtu=mtu)
+    # Before it is up: the queue takes its length from the device then. WireGuard in the kernel has none.
+    ipr.link("set", index=index, mtu=mtu, txqlen=QUEUE_LENGTH)
     if add_address:
         try:
             # Scope host: never the source of a packet that leaves the node.
