@@ -1,5 +1,4 @@
-"""Nothing of a lab stays behind, however it ended. In network and mount namespaces of their own, beside the others'
-lab."""
+"""Nothing of a lab stays behind, however it ended. Runs in namespaces of its own, beside the other tests' lab."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ from meshwire.lab.model import (
     check_node_name,
     free_index,
 )
-from meshwire.lab.node import is_ready
+from meshwire.lab.node import boot_id, is_ready
 
 DEFAULT_DIRECTORY: Final = Path("/var/lib/meshwire-lab")
 FIRST_PORT: Final = 16443
@@ -200,7 +200,8 @@ class Lab:
             nodes = {node["metadata"]["name"]: node for node in (await client.get("/api/v1/nodes"))["items"]}
             for node in state.nodes:
                 found = nodes.get(node.name)
-                if found is None or not is_ready(found):
+                # After a reboot its Node says for a while what was true before.
+                if found is None or not is_ready(found) or _boot_id(found) != boot_id(self.paths, node):
                     return f"{node.name} is not ready"
                 if state.settings.node_cidr and not found["spec"].get("podCIDRs"):
                     return f"{node.name} has no pod CIDR"
@@ -329,9 +330,8 @@ class Lab:
         timeout: float | None = 60,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command in a pod and waits for it (`timeout` seconds)."""
-        return _run(
-            self.exec_command(pod, command, namespace), self.environment(), check=check, timeout=timeout
-        )
+        env = self.pod_environment(pod, namespace)
+        return _run(self.exec_command(pod, command, namespace), env, check=check, timeout=timeout)
 
     def popen(self, pod: str, *command: str, namespace: str = "default") -> subprocess.Popen[str]:
         """Starts a command in a pod; its output can be read from the result."""
@@ -675,6 +675,10 @@ def _run(
 
 def _python(module: str) -> list[str]:
     return [sys.executable, "-m", module]
+
+
+def _boot_id(node: Object) -> str:
+    return str(node.get("status", {}).get("nodeInfo", {}).get("bootID", ""))
 
 
 def _free_port() -> int:

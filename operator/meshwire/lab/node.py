@@ -24,12 +24,13 @@ from meshwire.lab.model import (
     LEASE_RENEWAL_SECONDS,
     NODE_MONITOR_GRACE_SECONDS,
     OVERLAY_DEVICE,
+    LabError,
     Node,
     Paths,
     Settings,
     State,
 )
-from meshwire.lab.pods import STRATEGIC_MERGE_PATCH, Machine, Pool, Worker, pod_key
+from meshwire.lab.pods import Machine, Pool, Worker, pod_key
 from meshwire.lab.tokens import keep_token
 from meshwire.lab.watch import RETRY_SECONDS, follow
 
@@ -56,8 +57,8 @@ def node_object(node: Node, *, tainted: bool) -> Object:
     }
 
 
-def node_status(node: Node, settings: Settings, version: str, now: str) -> Object:
-    """What it reports; `version` is the cluster's."""
+def node_status(node: Node, settings: Settings, version: str, boot: str, now: str) -> Object:
+    """What it reports; `version` is the cluster's, `boot` another one after every reboot."""
     size = {"cpu": "32", "memory": "64Gi", "pods": "250", "ephemeral-storage": "100Gi"}
     healthy = {"lastHeartbeatTime": now, "lastTransitionTime": now}
     pressures = ("MemoryPressure", "DiskPressure", "PIDPressure")
@@ -84,10 +85,16 @@ def node_status(node: Node, settings: Settings, version: str, now: str) -> Objec
             "containerRuntimeVersion": "lab://0",
             "machineID": node.name,
             "systemUUID": node.name,
-            "bootID": node.name,
+            "bootID": boot,
             "kubeProxyVersion": "",
         },
     }
+
+
+def boot_id(paths: Paths, node: Node) -> str:
+    """Empty where the node is down."""
+    holder = processes.find(paths, f"{node.name}.holder")
+    return f"{holder.pid}-{holder.started}" if holder else ""
 
 
 def is_ready(node: Object) -> bool:
@@ -116,14 +123,15 @@ class NodeProcess:
         self._uid: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._nodes: dict[str, Object] = {}
         self._pods: dict[str, Object] = {}
-        self._applied: tuple[cni.Entry, ...] = ()
-        self._has_overlay = False
+        self._unready = asyncio.Event()
+        self._routes_changed = asyncio.Event()
 
     async def run(self) -> None:
         await self._clean_up()
         await cni.run(["nft", "-f", "-"], cni.masquerade_rules(self._settings.families))
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._register())
+            tasks.create_task(self._keep_registered())
+            tasks.create_task(self._keep_routes())
             tasks.create_task(self._renew_lease())
             tasks.create_task(self._follow_nodes())
             tasks.create_task(self._follow_own_pods())
@@ -152,33 +160,43 @@ class NodeProcess:
             await cni.run(["ip", family, "route", "flush", "proto", str(cni.ROUTE_PROTOCOL)], check=False)
         await cni.run(["ip", "link", "delete", OVERLAY_DEVICE], check=False)
 
-    async def _register(self) -> None:
-        path = f"/api/v1/nodes/{self._node.name}"
+    async def _keep_registered(self) -> None:
+        """Registers the Node, and says that it is ready whenever somebody says it isn't: the node controller marks a
+        node whose lease was late, and only its kubelet can take that back."""
         while True:
             try:
-                # The address of its Node tells an agent's token from that of a namesake's before it.
-                try:
-                    registered = await self._kubelet.create(
-                        "/api/v1/nodes", node_object(self._node, tainted=self._tainted)
-                    )
-                except ApiError as error:
-                    if error.status != 409:
-                        raise
-                    registered = await self._kubelet.get(path)
+                if not self._uid.done():
+                    self._uid.set_result(await self._register())
+                    logger.info("registered")
                 await self._report_status()
-                self._uid.set_result(registered["metadata"]["uid"])
-                logger.info("registered")
-                return
+                self._unready.clear()
+                await self._unready.wait()
             except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.info("not registered yet: %s", error)
+                logger.info("status not reported: %s", error or type(error).__name__)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    async def _register(self) -> str:
+        """The Node's uid."""
+        try:
+            node = await self._kubelet.create(
+                "/api/v1/nodes", node_object(self._node, tainted=self._tainted)
+            )
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            node = await self._kubelet.get(f"/api/v1/nodes/{self._node.name}")
+        return str(node["metadata"]["uid"])
 
     async def _report_status(self) -> None:
         version = (await self._kubelet.get("/version"))["gitVersion"]
         await self._kubelet.patch(
             f"/api/v1/nodes/{self._node.name}/status",
-            {"status": node_status(self._node, self._settings, version, _now())},
-            content_type=STRATEGIC_MERGE_PATCH,
+            # Not a strategic merge: that takes addresses of one type for one address.
+            {
+                "status": node_status(
+                    self._node, self._settings, version, boot_id(self._paths, self._node), _now()
+                )
+            },
         )
 
     async def _renew_lease(self) -> None:
@@ -224,22 +242,14 @@ class NodeProcess:
                 if kind != "DELETED":
                     self._nodes[name] = item
             if own := self._nodes.get(self._node.name):
-                await self._take_own(own)
-            await self._apply_routes()
+                self._take_own(own)
+            self._routes_changed.set()
 
-    async def _take_own(self, own: Object) -> None:
+    def _take_own(self, own: Object) -> None:
         if self._settings.node_cidr and not self._pool.done() and (cidrs := cni.parse_remote(own).pod_cidrs):
-            if self._settings.overlay:
-                local = self._node.addresses(self._settings.families)[0]
-                await cni.batch(cni.overlay_commands(self._node.name, local, cidrs, self._settings))
-                self._has_overlay = True
             self._pool.set_result(cni.NodePool(cidrs))
-        # The node controller marks a node whose lease was late; only its kubelet can take that back.
-        if self._uid.done() and not is_ready(own):
-            try:
-                await self._report_status()
-            except (ApiError, aiohttp.ClientError, TimeoutError) as error:
-                logger.info("status not reported: %s", error)
+        if not is_ready(own):
+            self._unready.set()
 
     async def _follow_all_pods(self) -> None:
         async for kind, items in follow(self._cni, "/api/v1/pods"):
@@ -249,17 +259,33 @@ class NodeProcess:
                 self._pods.pop(item["metadata"]["uid"], None)
                 if kind != "DELETED":
                     self._pods[item["metadata"]["uid"]] = item
-            await self._apply_routes()
+            self._routes_changed.set()
 
-    async def _apply_routes(self) -> None:
-        if self._settings.overlay and not self._has_overlay:
-            return
+    async def _keep_routes(self) -> None:
+        if self._settings.overlay:
+            pool = await asyncio.shield(self._pool)
+            assert isinstance(pool, cni.NodePool)
+            local = self._node.addresses(self._settings.families)[0]
+            await cni.batch(cni.overlay_commands(self._node.name, local, pool.cidrs, self._settings))
+        applied: tuple[cni.Entry, ...] = ()
+        while True:
+            await self._routes_changed.wait()
+            self._routes_changed.clear()
+            wanted = self._plan_routes()
+            try:
+                await cni.apply(applied, wanted)
+                applied = wanted
+            except LabError as error:
+                # All of it again: what is there already is replaced by itself.
+                logger.warning("routes not applied: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
+                self._routes_changed.set()
+
+    def _plan_routes(self) -> tuple[cni.Entry, ...]:
         others = [cni.parse_remote(node) for name, node in self._nodes.items() if name != self._node.name]
-        wanted = cni.plan_routes(others, self._settings)
-        if not self._settings.node_cidr:
-            wanted = cni.plan_pod_routes(cni.pods_elsewhere(self._pods, self._node.name), others)
-        before, self._applied = self._applied, wanted
-        await cni.apply(before, wanted)
+        if self._settings.node_cidr:
+            return cni.plan_routes(others, self._settings)
+        return cni.plan_pod_routes(cni.pods_elsewhere(self._pods, self._node.name), others)
 
     async def _follow_own_pods(self) -> None:
         holder = processes.find(self._paths, f"{self._node.name}.holder")

@@ -432,14 +432,17 @@ async def flows(
     return {"flows": results}
 
 
-async def ask(host: str, port: int, *, use_udp: bool, seconds: float) -> dict[str, object]:
-    """Who answers there."""
+async def ask(host: str, port: int, *, use_udp: bool, count: int, seconds: float) -> dict[str, object]:
+    """Who answers there, `count` times, each with a connection of its own."""
+    answers = []
     try:
-        async with asyncio.timeout(seconds):
-            name = await (_ask_udp(host, port) if use_udp else _ask_tcp(host, port))
+        for _ in range(count):
+            async with asyncio.timeout(seconds):
+                answers.append(await (_ask_udp(host, port) if use_udp else _ask_tcp(host, port)))
     except (OSError, TimeoutError) as error:
-        return {"target": host, "complete": False, "error": f"{type(error).__name__}: {error}"}
-    return {"target": host, "complete": True, "name": name}
+        problem = f"{type(error).__name__}: {error}"
+        return {"target": host, "complete": False, "names": answers, "error": problem}
+    return {"target": host, "complete": True, "names": answers}
 
 
 async def _ask_tcp(host: str, port: int) -> str:
@@ -552,7 +555,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     asking = commands.add_parser("ask")
     asking.add_argument("host")
     asking.add_argument("--udp", action="store_true", dest="use_udp")
-    asking.add_argument("--seconds", type=float, default=3.0)
+    asking.add_argument("--count", type=int, default=1)
+    asking.add_argument("--seconds", type=float, default=3.0, help="to wait for each answer")
     pinging = commands.add_parser("ping")
     pinging.add_argument("host")
     pinging.add_argument("--count", type=int, default=5)
@@ -577,7 +581,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, object] | None:
                 a.hosts, a.port, udp_rate=a.udp_rate, size=a.size, tcp_rate=a.tcp_rate, stop=stop
             )
         case "ask":
-            return await ask(a.host, a.port, use_udp=a.use_udp, seconds=a.seconds)
+            return await ask(a.host, a.port, use_udp=a.use_udp, count=a.count, seconds=a.seconds)
         case _:
             return await ping(a.host, count=a.count, interval=a.interval, size=a.size)
 
