@@ -99,6 +99,7 @@ CLEAR_HOST = always(Reason.CLEAR_HOST)
 NO_TUNNEL = drop_or_count(Reason.DROP_NO_TUNNEL)
 BAD_SOURCE = drop_or_count(Reason.DROP_BAD_SOURCE)
 UNKNOWN_NODE = drop_or_count(Reason.DROP_UNKNOWN_NODE)
+NO_SUCH_POD = drop_or_count(Reason.DROP_NO_SUCH_POD)
 ENCAPSULATED = drop_or_count(Reason.DROP_ENCAPSULATED)
 ARRIVED = {
     OFF: Reason.CLEAR_ALLOWED,
@@ -135,8 +136,12 @@ EGRESS = (
     ),
     Case("node to node is left alone, WireGuard is among it", "our node", "node with a tunnel", NOT_OURS),
     Case("node to node without a tunnel", "our node", "node without a tunnel", NOT_OURS),
-    Case("our pod to another of ours", "our pod", "our other pod", NOT_OURS),
-    Case("another node's pod to our pod", "pod behind a tunnel", "our pod", NOT_OURS),
+    Case("our pod to one of ours that isn't there", "our pod", "our other pod", NO_SUCH_POD),
+    Case("what a tunnel brought for a pod that isn't there", "pod behind a tunnel", "our pod", NO_SUCH_POD),
+    Case("the same from an unknown node", "pod of an unknown node", "our pod", NO_SUCH_POD),
+    Case("the same from another node's own address", "node with a tunnel", "our pod", NO_SUCH_POD),
+    Case("our node to a pod that isn't there", "our node", "our pod", NO_SUCH_POD),
+    Case("a client in the world to a pod that isn't there", "the world", "our pod", NOT_OURS),
     Case("our pod to our node", "our pod", "our node", NOT_OURS),
     Case("our pod to the world", "our pod", "the world", NOT_OURS),
     Case("the world through us", "the world", "another part of the world", NOT_OURS),
@@ -677,6 +682,8 @@ class Evaluator:
         src, dst = self.who(packet.src), self.who(packet.dst)
         tunnel = dst.node in NODES and not packet.tagged
         from_pod = bool(src.flags & (POD | CLUSTER))
+        if dst.node == LOCAL and dst.flags & POD and (from_pod or src.flags & HOST):
+            return self.clear(Reason.DROP_NO_SUCH_POD)
         if dst.flags == AddressFlag(0) or dst.node == LOCAL:
             return Reason.NOT_OURS
         if dst.flags == POD:

@@ -78,8 +78,9 @@ enum mw_reason {
 	MW_DROP_MALFORMED = 133, /* truncated or impossible IP header on a path where it cannot be judged */
 	MW_DROP_ENCAPSULATED = 134, /* strict: pod traffic inside VXLAN, Geneve or IPIP on its way out in clear */
 	MW_DROP_BAD_DESTINATION = 135, /* came through a tunnel for an address that is not this node's */
+	MW_DROP_NO_SUCH_POD = 136, /* strict: for a pod address of this node that no pod has, on its way back to the wire */
 	MW_CLEAR_ARRIVED = 8, /* Permissive: came in clear although encryption is in force */
-	MW_REASONS = 136,
+	MW_REASONS = 137,
 };
 
 /* Value of `metrics`, one per CPU. */

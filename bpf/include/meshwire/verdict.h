@@ -60,7 +60,11 @@ static __always_inline enum mw_reason unreadable_verdict(const struct mw_setting
 
 /* A packet on its way out of the node. The first that applies:
  *
- *  1. To an address nobody knows, or of this node: not ours.
+ *  1. To an address nobody knows: not ours. To one of this node,
+ *     a. from a pod address or a node's own, to a pod: in clear (strict: dropped, NO_SUCH_POD). Pods of this node are not
+ *        reached by way of the wire, so no pod has that address, or not yet; the CNI has no route for it, and the
+ *        default route would send what a tunnel has just brought back out, for all to read.
+ *     b. anything else: not ours.
  *  2. To a pod of another node,
  *     a. from a pod of this node: by tunnel; there is none: in clear (strict: dropped, NO_TUNNEL).
  *     b. from this node's own address: by tunnel; there is none: in clear, CLEAR_HOST. Traffic of nodes is not promised, and
@@ -89,10 +93,15 @@ static __always_inline enum mw_reason egress_verdict(const struct mw_settings *c
 	struct mw_address dst = address_lookup(&packet->dst);
 	struct mw_address src;
 
-	if (!dst.flags || is_local(config, dst))
+	if (!dst.flags)
 		return MW_NOT_OURS; /* 1 */
 	src = address_lookup(&packet->src);
 
+	if (is_local(config, dst)) {
+		if (is_pod(dst) && (is_pod(src) || is_host(src)))
+			return clear_verdict(config, MW_DROP_NO_SUCH_POD); /* 1a */
+		return MW_NOT_OURS; /* 1b */
+	}
 	if (is_remote(config, dst) && is_pod(dst)) {
 		if (is_local(config, src)) {
 			*tunnel = redirectable ? tunnel_lookup(dst) : 0;

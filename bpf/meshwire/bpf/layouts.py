@@ -57,6 +57,7 @@ class Reason(IntEnum):
     DROP_MALFORMED = 133
     DROP_ENCAPSULATED = 134
     DROP_BAD_DESTINATION = 135
+    DROP_NO_SUCH_POD = 136
 
     @property
     def dropped(self) -> bool:
