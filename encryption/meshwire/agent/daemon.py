@@ -7,23 +7,23 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 
-import aiohttp
 import kopf
 
 from meshwire.agent import metrics, state
 from meshwire.agent.kernel import Kernel
 from meshwire.agent.loop import Agent, Look, describe, observe_and_plan
 from meshwire.agent.settings import Settings
-from meshwire.agent.watch import Watch, World, prune_forever
+from meshwire.agent.watch import KINDS, Watch, World, prune_forever
 from meshwire.encryption import keys, netlink
 from meshwire.kube.client import Client, Cluster
+from meshwire.kube.watching import make_settings, missing_kinds
 
 log = logging.getLogger("meshwire.agent")
 
-RESTART_SECONDS = 3.0
+RESTART_SECONDS = 2.0
 """Between attempts to watch an API server that can't be reached."""
 
 
@@ -34,16 +34,15 @@ async def run(settings: Settings, cluster: Cluster) -> None:
         agent = Agent(settings, Kernel(settings), client, sealing_key)
         loop = asyncio.get_running_loop()
         runner = await metrics.serve(agent.health, *settings.metrics_address)
-        background = [tasks.create_task(agent.run(version("meshwire")), name="loop")]
+        work = tasks.create_task(_despite_kopf(lambda: agent.run(version("meshwire"))), name="loop")
         with contextlib.closing(netlink.open_monitor()) as monitor:
             loop.add_reader(monitor, _drain, monitor, agent)
             try:
                 await watch_forever(settings, cluster, client, agent.follow)
             finally:
                 loop.remove_reader(monitor)
-                for task in background:
-                    task.cancel()
-                await asyncio.gather(*background, return_exceptions=True)
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
                 await runner.cleanup()
                 agent.close()
 
@@ -71,6 +70,18 @@ async def preview(settings: Settings, cluster: Cluster) -> None:
         print(action)
 
 
+async def _despite_kopf(work: Callable[[], Awaitable[None]]) -> None:
+    """kopf, when it ends, cancels every task made since it began, those too that a request of ours is
+    waiting for. Who was not meant goes on."""
+    while True:
+        try:
+            await work()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+
+
 def _look_once(settings: Settings, world: World) -> Look:
     with contextlib.closing(Kernel(settings)) as kernel:
         return observe_and_plan(
@@ -85,28 +96,33 @@ def _look_once(settings: Settings, world: World) -> Look:
 async def watch_forever(
     settings: Settings, cluster: Cluster, client: Client, follow: Callable[[Callable[[], World]], None]
 ) -> None:
-    """Ends with the process's SIGTERM or SIGINT, which kopf handles; whatever else ends kopf is tried again.
-    What was known stays in force until the new watch knows everything."""
-    loop = asyncio.get_running_loop()
-    while True:
+    """Ends with the process's SIGTERM or SIGINT; whatever else ends kopf is tried again. What was known
+    stays in force until the new watch knows everything."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    complaint = ""
+    while not stop.is_set():
+        # kopf takes the signals for itself while it runs, and doesn't give them back.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
         watch = Watch(settings.node, cluster, follow)
         prune = asyncio.create_task(prune_forever(watch, client), name="prune")
         try:
-            await kopf.operator(
-                registry=watch.registry, settings=watch.settings, clusterwide=True, standalone=True
-            )
-            return
-        except (aiohttp.ClientError, OSError, kopf.LoginError, RuntimeError) as error:
-            log.warning("can't watch the API server, the node stays as it is: %s", describe(error))
+            if missing := await missing_kinds(client, KINDS):
+                problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
+            else:
+                await kopf.operator(registry=watch.registry, settings=make_settings(), clusterwide=True)
+                # It returns when a signal came.
+                return
+        except Exception as error:
+            problem = describe(error)
         finally:
             prune.cancel()
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
+        if problem != complaint:
+            log.warning("can't watch the API server, the node stays as it is: %s", problem)
+            complaint = problem
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RESTART_SECONDS):
                 await stop.wait()
-                return
 
 
 def _drain(monitor: socket.socket, agent: Agent) -> None:

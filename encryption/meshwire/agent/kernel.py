@@ -3,6 +3,7 @@ uses it."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import logging
@@ -179,8 +180,9 @@ class Kernel:
             case plans.SetLink(name, mtu, add_address):
                 netlink.set_up(self._ipr, name, mtu=mtu, add_address=add_address)
                 if isinstance(self._implementations.get(name), uapi.Uapi):
-                    # Its sockets are there only now.
-                    userspace.ensure_device(self._settings.run_directory, name)
+                    # Its sockets are there only now. They work without, only not in bursts.
+                    with contextlib.suppress(userspace.CannotStart):
+                        userspace.ensure_device(self._settings.run_directory, name)
             case plans.WriteSysctls(sysctls):
                 for path, text in sysctls:
                     netlink.write_sysctl(self._settings.proc_sys, path, text)

@@ -25,9 +25,6 @@ log = logging.getLogger("meshwire.agent")
 PRUNE_DELAY: Final = 5.0
 """Seconds after the first object of a new list: the rest of it has to be in before anything counts as
 gone."""
-CHUNK: Final = 100
-"""Objects a page of the first list: Nodes are large, and a thousand of them at once would stay in our
-memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +81,7 @@ class Watch:
         self.relisted = asyncio.Event()
         """Set when kopf has listed anew, after a watch was lost for too long: it says nothing of what was
         deleted meanwhile."""
-        self.registry, self.settings = make_registry(node, cluster, self._event)
+        self.registry = make_registry(node, cluster, self._event)
 
     @property
     def synced(self) -> bool:
@@ -145,17 +142,10 @@ def _kept(body: Mapping[str, Any], value: Any) -> dict[str, _Kept]:
 
 def make_registry(
     node: str, cluster: Cluster, event: Callable[[str | None, Mapping[str, Any]], None]
-) -> tuple[kopf.OperatorRegistry, kopf.OperatorSettings]:
+) -> kopf.OperatorRegistry:
     """Handlers that index and then call `event` with its type and the indexes."""
     # Not the smart registry of `@kopf.on` without one: that imports the official client for its login.
     registry = kopf.OperatorRegistry()
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False
-    settings.scanning.disabled = True
-    settings.watching.chunk_size = CHUNK
-    # A watch whose connection died in silence is noticed by the bookmarks that stay away.
-    settings.networking.request_timeout = 30
-    settings.networking.connect_timeout = 5
 
     @kopf.on.login(registry=registry)
     async def log_in(**_: Any) -> kopf.ConnectionInfo:
@@ -201,9 +191,10 @@ def make_registry(
     def changed(type: str | None, **kwargs: Any) -> None:
         event(type, {name: kwargs[name] for name in ("members", "statuses", "nodes", "configs")})
 
-    return registry, settings
+    return registry
 
 
+KINDS: Final = frozenset({names.MESHCONFIGS, names.MESHNODES})
 RESOURCES: Final = {
     "members": f"/apis/{names.API_VERSION}/{names.MESHNODES}",
     "nodes": "/api/v1/nodes",
