@@ -253,7 +253,9 @@ def test_without_agents_a_deleted_device_fails_closed(encrypted: Exercise, tmp_p
         assert capture.report and capture.report.clear == 0, capture.report
     finally:
         encrypted.lab.start_agent("node1")
-    encrypted.wait_until(lambda: bool(encrypted.run("node1", "ask", target)["complete"]), "node1 reaches node2")
+    encrypted.wait_until(
+        lambda: bool(encrypted.run("node1", "ask", target)["complete"]), "node1 reaches node2"
+    )
 
 
 def test_removed_filters_come_back(encrypted: Exercise) -> None:
@@ -278,7 +280,9 @@ def test_plaintext_that_arrives_is_refused_and_counted(encrypted: Exercise) -> N
         assert encrypted.mesh_node("node2")["status"]["leaked"] > 0
     finally:
         lab.start_agent("node1")
-    encrypted.wait_until(lambda: bool(encrypted.run("node1", "ask", target)["complete"]), "node1 reaches node2")
+    encrypted.wait_until(
+        lambda: bool(encrypted.run("node1", "ask", target)["complete"]), "node1 reaches node2"
+    )
 
 
 def test_an_unknown_device_is_refused_at_run_time_and_the_last_good_state_stays(
@@ -347,7 +351,9 @@ def test_what_others_put_on_a_node_stays(exercise: Exercise) -> None:
         assert lab.on_node("node1", "sh", "-c", look).stdout == before
     finally:
         exercise.set_encryption(False)
-        lab.on_node("node1", "sh", "-c", "ip link delete foreign0; tc qdisc delete dev eth0 clsact", check=False)
+        lab.on_node(
+            "node1", "sh", "-c", "ip link delete foreign0; tc qdisc delete dev eth0 clsact", check=False
+        )
 
 
 def test_off_leaves_nothing(exercise: Exercise) -> None:
@@ -406,7 +412,11 @@ def test_an_agents_account_can_do_no_more_than_it_needs(lab: object, encrypted: 
         ("patch", "node", "node1", "-p", '{"metadata":{"labels":{"a":"b"}}}'),
     ):
         answer = try_as_agent(*refused)
-        assert answer.returncode != 0 and "orbidden" in answer.stderr, (refused, answer.stdout, answer.stderr)
+        assert answer.returncode != 0 and "orbidden" in answer.stderr, (
+            refused,
+            answer.stdout,
+            answer.stderr,
+        )
 
 
 def test_private_keys_are_nowhere_to_be_read(encrypted: Exercise, tmp_path: Path) -> None:
@@ -422,7 +432,16 @@ def test_private_keys_are_nowhere_to_be_read(encrypted: Exercise, tmp_path: Path
     assert len(keys) >= 2 * len(lab.nodes)
 
     haystacks: dict[str, bytes] = {f"log {name}": lab.log(name).read_bytes() for name in lab.logs()}
-    for kind in ("meshconfigs", "meshnodes", "meshstatuses", "events", "secrets", "configmaps", "nodes", "pods"):
+    for kind in (
+        "meshconfigs",
+        "meshnodes",
+        "meshstatuses",
+        "events",
+        "secrets",
+        "configmaps",
+        "nodes",
+        "pods",
+    ):
         text = lab.kubectl("get", kind, "-A", "-o", "yaml").encode()
         haystacks[kind] = text
         haystacks[f"{kind} decoded"] = b"\n".join(
@@ -461,7 +480,9 @@ def _secrets_in(path: Path) -> list[bytes]:
         raw = path.read_bytes()
         return [raw if len(raw) == 32 else b64decode(raw)]
     if path.name == "keys.json":
-        found = re.findall(r'"(?:private_key|privateKey|private)": *"([A-Za-z0-9+/]{43}=)"', path.read_text())
+        found = re.findall(
+            r'"(?:private_key|privateKey|private)": *"([A-Za-z0-9+/]{43}=)"', path.read_text()
+        )
         assert found, json.loads(path.read_text()).keys()
         return [b64decode(text) for text in found]
     return []
