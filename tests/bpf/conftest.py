@@ -55,6 +55,31 @@ def maps(pins: Path, programs: Programs) -> Iterator[Maps]:
 
 
 @pytest.fixture
+def compiled(objects: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """Compiles a program with the project's own flags; answers with the folder the object is in."""
+
+    def compile(text: str) -> Path:
+        folder = tmp_path / "src"
+        folder.mkdir()
+        (folder / "given.bpf.c").write_text(text)
+        subprocess.run(
+            [
+                "make",
+                "-s",
+                "-C",
+                ROOT / "bpf",
+                f"OBJECTS={tmp_path}/objects",
+                f"SOURCES={folder}",
+                "programs",
+            ],
+            check=True,
+        )
+        return tmp_path / "objects"
+
+    return compile
+
+
+@pytest.fixture
 def namespaces() -> Iterator[Callable[[str], str]]:
     """Makes network namespaces; answers with their names. They go with the test."""
     if os.geteuid() != 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from ipaddress import ip_network
 from pathlib import Path
@@ -17,7 +16,6 @@ from meshwire.bpf.maps import AddressEntry, Counter, Maps, SettingsEntry
 
 pytestmark = pytest.mark.bpf
 
-BPF = Path(__file__).parents[2] / "bpf"
 ALL = {
     loader.TO_NETDEV,
     loader.TO_NETDEV_L3,
@@ -74,23 +72,6 @@ int mw_other(struct __sk_buff *skb)
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 """
-
-
-@pytest.fixture
-def compiled(objects: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """Compiles a program with the project's own flags; answers with the folder the object is in."""
-
-    def compile(text: str) -> Path:
-        folder = tmp_path / "src"
-        folder.mkdir()
-        (folder / "given.bpf.c").write_text(text)
-        subprocess.run(
-            ["make", "-s", "-C", BPF, f"OBJECTS={tmp_path}/objects", f"SOURCES={folder}", "programs"],
-            check=True,
-        )
-        return tmp_path / "objects"
-
-    return compile
 
 
 @pytest.fixture

@@ -63,7 +63,8 @@ def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -
         if error.code != errno.EEXIST:
             raise
         # An `ingress` qdisc takes egress filters too, and runs them on what arrives.
-        if not any(each.get_attr("TCA_KIND") == "clsact" for each in ipr.get_qdiscs(index=ifindex)):
+        kinds = {each.get_attr("TCA_KIND") for each in ipr.get_qdiscs() if each["index"] == ifindex}
+        if "clsact" not in kinds:
             raise Conflict(
                 f"device {ifindex} has an ingress qdisc where a clsact is needed: "
                 "whoever added it can use a clsact just as well"
