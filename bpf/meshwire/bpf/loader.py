@@ -121,6 +121,13 @@ def program_info(program_id: int) -> tuple[str, str, frozenset[int]]:
     return info.name.decode(), bytes(info.tag).hex(), map_ids
 
 
+def instructions(program: Program) -> tuple[int, int]:
+    """(instructions after verification, instructions the verifier went through) of a loaded program. Raises
+    OSError."""
+    info, _ = read_program_info(program.fd)
+    return info.xlated_prog_len // 8, info.verified_insns
+
+
 def _load_object(path: Path, pin_directory: Path, resources: ExitStack) -> dict[str, Program]:
     bpf = library()
     options = OpenOptions(sz=ctypes.sizeof(OpenOptions), pin_root_path=os.fsencode(pin_directory))
