@@ -145,7 +145,8 @@ def settle(
             # Kubelet may report no address for a moment; what is known stays.
             wanted_addresses = node.addresses or (spec.addresses if spec else ())
             wanted_cidrs = node.pod_cidrs or (spec.pod_cidrs if spec else ())
-            wanted_keys = secrets[name].keys if name in secrets else ()
+            # A Secret that is gone is made anew, with another key; until then the one published stays.
+            wanted_keys = secrets[name].keys if name in secrets else spec.keys if spec else ()
             for address in wanted_addresses:
                 if (spec is not None and address in spec.addresses) is granted:
                     claim_address(name, address)

@@ -7,19 +7,19 @@ import signal
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-import aiohttp
 import kopf
 import structlog
 
 from meshwire.api import names
-from meshwire.kube.client import ApiError, Client, Cluster
+from meshwire.kube.client import Client, Cluster
+from meshwire.kube.watching import missing_kinds
 from meshwire.operator import metrics as metrics_server
 from meshwire.operator.leader import Leader
 from meshwire.operator.loop import Loop
 from meshwire.operator.metrics import Metrics
 from meshwire.operator.settings import Settings
 from meshwire.operator.watches import make_registry, make_settings
-from meshwire.operator.world import MESH_PATH, World
+from meshwire.operator.world import World
 
 log = structlog.get_logger(__name__)
 
@@ -75,11 +75,11 @@ async def watch(
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         try:
-            if missing := await _missing_kinds(client):
+            if missing := await missing_kinds(client, KINDS):
                 problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
             else:
                 await kopf.operator(
-                    registry=make_registry(cluster, loop.publish),
+                    registry=make_registry(cluster, loop.publish, loop.world.deletion_seen),
                     settings=make_settings(),
                     namespaces=[namespace],
                 )
@@ -93,18 +93,6 @@ async def watch(
             complaint = problem
         loop.world.relist_at = 0.0
         await asyncio.sleep(RETRY)
-
-
-async def _missing_kinds(client: Client) -> frozenset[str]:
-    try:
-        found = await client.get(MESH_PATH)
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        return KINDS
-    except (aiohttp.ClientError, TimeoutError) as error:
-        raise ConnectionError(f"the API server does not answer: {error}") from None
-    return KINDS - {resource["name"] for resource in found["resources"]}
 
 
 async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:

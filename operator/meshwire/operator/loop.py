@@ -21,7 +21,7 @@ from meshwire.operator.apply import Hands, Outdated
 from meshwire.operator.claims import Conflict
 from meshwire.operator.keys import UnusableSealingKey
 from meshwire.operator.metrics import Metrics
-from meshwire.operator.reconcile import Action, Inputs, Plan, reconcile
+from meshwire.operator.reconcile import Action, Inputs, reconcile
 from meshwire.operator.watches import Watched
 from meshwire.operator.world import World
 
@@ -141,8 +141,9 @@ class Loop:
             return False
         with self.metrics.rounds.time():
             plan = reconcile(inputs)
-        self.metrics.observe(plan.status, len(plan.conflicts))
-        self._tell_of_conflicts(plan)
+        if plan.conflicts is not None:
+            self.metrics.observe(plan.status, len(plan.conflicts))
+            self._tell_of_conflicts(plan.conflicts)
         if not plan.actions:
             self._last = inputs
             self.settled = True
@@ -193,8 +194,8 @@ class Loop:
                 raise
             self.metrics.actions.labels(kind, "done").inc()
 
-    def _tell_of_conflicts(self, plan: Plan) -> None:
-        now = frozenset(plan.conflicts)
+    def _tell_of_conflicts(self, conflicts: Sequence[Conflict]) -> None:
+        now = frozenset(conflicts)
         for conflict in sorted(now - self._announced):
             self.announce(
                 Event(

@@ -128,10 +128,10 @@ Action = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """`conflicts` and `status` are for events and metrics."""
+    """`conflicts` and `status` are for events and metrics; None: not looked for this time."""
 
     actions: tuple[Action, ...] = ()
-    conflicts: tuple[Conflict, ...] = ()
+    conflicts: tuple[Conflict, ...] | None = None
     status: MeshStatus = field(default_factory=MeshStatus)
 
 
@@ -143,12 +143,19 @@ def reconcile(inputs: Inputs) -> Plan:
         for name, node in inputs.mesh_nodes.items()
         if name not in inputs.nodes or (node.owner and node.owner != inputs.nodes[name].uid)
     }
-    mesh_nodes = {name: node for name, node in inputs.mesh_nodes.items() if name not in departed}
-    nodes = {name: node for name, node in inputs.nodes.items() if name not in departed}
+    if departed:
+        # Alone: a new node often has the number, the address or the pod CIDRs of one that has just gone.
+        return Plan(
+            actions=tuple(
+                DeleteMeshNode(name, node.uid, node.owner) for name, node in sorted(departed.items())
+            ),
+            status=inputs.status or MeshStatus(),
+        )
+    nodes, mesh_nodes = inputs.nodes, inputs.mesh_nodes
     previous = inputs.status or MeshStatus()
 
     highest = highest_epoch(inputs)
-    order = _next_order(inputs, mesh_nodes, previous, highest)
+    order = _next_order(inputs, previous, highest)
     highest = max(highest, order.epoch)
     cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
     shares, conflicts = claims.settle(nodes, mesh_nodes, inputs.secrets)
@@ -180,8 +187,7 @@ def reconcile(inputs: Inputs) -> Plan:
         )
     )
     actions = chain(
-        (DeleteMeshNode(name, node.uid, node.owner) for name, node in sorted(departed.items())),
-        _secret_actions(inputs, mesh_nodes, order),
+        _secret_actions(inputs, order),
         (
             CreateMeshNode(name, nodes[name].uid, spec)
             for name, spec in specs.items()
@@ -219,15 +225,16 @@ def highest_epoch(inputs: Inputs) -> int:
     )
 
 
-def _next_order(
-    inputs: Inputs, mesh_nodes: Mapping[str, MeshNode], previous: MeshStatus, highest: int
-) -> Order:
+def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
+    mesh_nodes = inputs.mesh_nodes
     # All nodes gone at once and back again: what enforced before enforces still.
     fallback = (
-        Order(Phase.ENFORCING, previous.epoch) if previous.phase is Phase.ENFORCING else Order(Phase.OFF, 0)
+        Order(Phase.ENFORCING, previous.epoch)
+        if previous.phase is Phase.ENFORCING
+        else Order(Phase.OFF, highest)
     )
     order = phases.given(
-        (Order(node.spec.phase, node.spec.epoch) for node in inputs.mesh_nodes.values()), fallback=fallback
+        (Order(node.spec.phase, node.spec.epoch) for node in mesh_nodes.values()), fallback=fallback
     )
     if inputs.config and inputs.config.config is None:
         # It can't be read: nobody can say what is wanted.
@@ -259,17 +266,19 @@ def _spec(
     )
 
 
-def _secret_actions(inputs: Inputs, mesh_nodes: Mapping[str, MeshNode], order: Order) -> list[Action]:
+def _secret_actions(inputs: Inputs, order: Order) -> list[Action]:
     actions: list[Action] = []
+    mesh_nodes = inputs.mesh_nodes
     # Off may be ordered while some node has not heard of it: keys go when every order says Off.
     off = order.phase is Phase.OFF and all(
         node.spec.phase is Phase.OFF and not node.spec.keys for node in mesh_nodes.values()
     )
     for name, secret in sorted(inputs.secrets.items()):
-        if name not in mesh_nodes and name not in inputs.mesh_nodes or off:
+        # A MeshNode goes before its Secret, so that the others let go of the node before its key is gone.
+        # One that somebody deleted by hand comes back, and takes up its Secret.
+        if name not in inputs.nodes or off:
             actions.append(DeleteSecret(secret))
         elif name not in mesh_nodes:
-            # Its MeshNode goes first, so that the others let go of the node before its key is gone.
             continue
         elif secret.owner != mesh_nodes[name].uid:
             actions.append(AdoptSecret(secret, mesh_nodes[name].uid))

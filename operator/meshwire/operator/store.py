@@ -44,6 +44,11 @@ class Overlay(Generic[T]):
         self.written.pop(name, None)
         self.gone[name] = uid
 
+    def deletion_seen(self, name: str, uid: str) -> None:
+        """The watch has brought the object's end."""
+        if name in self.written and self.written[name].uid == uid:
+            del self.written[name]
+
     def listed(self, items: Iterable[T], watched: Mapping[str, T], version: str) -> None:
         """Everything there is, as of `version`, replaces all corrections."""
         self.written = {item.name: item for item in items}

@@ -3,22 +3,19 @@ API."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, repeat
-from typing import Any, Final
+from typing import Any
 
 import kopf
 
 from meshwire.api import names
 from meshwire.api.meshnode import MeshNode
 from meshwire.api.meshstatus import MeshStatus
+from meshwire.kube import watching
 from meshwire.kube.client import Cluster
 from meshwire.kube.login import login
 from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
-
-PAGE: Final = 200
-"""Objects a page of a first list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,41 +29,21 @@ class Watched:
     statuses: Mapping[str, MeshStatus] = field(default_factory=dict)
 
 
-class _Backoffs:
-    """Seconds between attempts at a request, without end: kopf ends the process where they end, but an API
-    server that is away comes back."""
-
-    def __iter__(self) -> Iterator[float]:
-        return chain((0.5, 1, 2), repeat(4))
-
-
 def make_settings() -> kopf.OperatorSettings:
-    settings = kopf.OperatorSettings()
-    settings.posting.enabled = False
-    settings.peering.standalone = True
-    # By default the process is killed ten minutes after it was told to end.
-    settings.process.ultimate_exiting_timeout = None
-    # Resources and namespaces are known: no rights to list either are needed.
-    settings.scanning.disabled = True
-    settings.watching.chunk_size = PAGE
-    settings.watching.connect_timeout = 5
-    # The server ends a watch after a while, and a watch that died in silence is noticed by the bookmarks
-    # that stay away; this is for the server that neither ends it nor says a word.
-    settings.watching.server_timeout = 300
-    settings.watching.client_timeout = 330
-    settings.networking.connect_timeout = 5
-    settings.networking.request_timeout = 30
-    settings.networking.error_backoffs = _Backoffs()
+    settings = watching.make_settings()
     # The only Secrets of the namespace that are ours to know.
     settings.watching.label_selectors["", "v1", "secrets"] = names.NODE_LABEL
     return settings
 
 
 def make_registry(
-    cluster: Cluster, publish: Callable[[Callable[[], Watched]], None]
+    cluster: Cluster,
+    publish: Callable[[Callable[[], Watched]], None],
+    deleted: Callable[[str, str, str], None],
 ) -> kopf.OperatorRegistry:
-    """Handlers that keep the indexes and hand `publish` a way to read them whenever something changed.
-    kopf holds events back until every first list is in."""
+    """Handlers that keep the indexes, tell `deleted` (resource, name, uid) of what is gone, and hand
+    `publish` a way to read the indexes whenever something changed. kopf holds events back until every
+    first list is in."""
     # Not the smart registry that `@kopf.on` has by default: its login imports the official client.
     registry = kopf.OperatorRegistry()
 
@@ -104,7 +81,10 @@ def make_registry(
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHNODES, registry=registry)
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHCONFIGS, registry=registry)
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHSTATUSES, registry=registry)
-    async def changed(**indexes: Any) -> None:
+    async def changed(type: str, resource: kopf.Resource, meta: kopf.Meta, uid: str, **indexes: Any) -> None:
+        if type == "DELETED":
+            name = meta.labels[names.NODE_LABEL] if resource.plural == "secrets" else meta["name"]
+            deleted(resource.plural, name, uid)
         publish(
             lambda: Watched(
                 nodes=_by_name(indexes["nodes"]),

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
@@ -124,6 +124,17 @@ class World:
                 log.warning("can't tell the cluster's pod CIDRs", config_map=name, error=str(error))
                 unreadable = True
         return None if unreadable else ()
+
+    def deletion_seen(self, resource: str, name: str, uid: str) -> None:
+        """The watch of `resource` (plural) has brought an object's end; Secrets go by their node's name."""
+        overlays: dict[str, Overlay[Any]] = {
+            "nodes": self.nodes,
+            "secrets": self.secrets,
+            names.MESHNODES: self.mesh_nodes,
+            names.MESHCONFIGS: self.configs,
+            names.MESHSTATUSES: self.statuses,
+        }
+        overlays[resource].deletion_seen(name, uid)
 
     def freed(self, ids: Iterable[int]) -> None:
         """These node numbers belong to nobody any more."""

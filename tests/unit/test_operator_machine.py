@@ -1,0 +1,476 @@
+"""The operator against an API server that is always a little ahead of what the operator has seen, nodes
+that come, go, die and lie idle, and a leader that crashes between any two writes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address, ip_network
+from itertools import combinations
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from meshwire.api import names
+from meshwire.api.conditions import Condition
+from meshwire.api.meshconfig import Encryption, MeshConfig
+from meshwire.api.meshnode import Key, MeshNode, Phase, Status
+from meshwire.api.meshstatus import MeshStatus
+from meshwire.operator.objects import Config, KeySecret, Node
+from meshwire.operator.reconcile import (
+    Action,
+    AdoptSecret,
+    CreateMeshNode,
+    DeleteMeshNode,
+    DeleteSecret,
+    Inputs,
+    IssueKey,
+    LiftTaint,
+    PatchSpec,
+    WriteConfigStatus,
+    WriteStatus,
+    reconcile,
+)
+from meshwire.operator.store import Overlay
+
+NODES = ("a", "b", "c", "d")
+KINDS = ("nodes", "mesh_nodes", "secrets", "configs", "statuses")
+START = datetime(2026, 1, 1, tzinfo=UTC)
+SUCCESSORS = {
+    Phase.OFF: {Phase.ENABLING, Phase.ENFORCING},
+    Phase.ENABLING: {Phase.ENFORCING, Phase.DISABLING},
+    Phase.ENFORCING: {Phase.DISABLING},
+    Phase.DISABLING: {Phase.DRAINING},
+    Phase.DRAINING: {Phase.OFF},
+}
+
+
+class Conflict(Exception):
+    """What the API server answers with 404 or 409."""
+
+
+def public_key(number: int) -> str:
+    """Canonical base64 that stands for a key."""
+    return f"{number:042d}".replace(" ", "0") + "A="
+
+
+@dataclass
+class Agent:
+    """A node's datapath as it is (`strict`, `active`), and what its agent has read."""
+
+    generation: int = 0
+    epoch: int = 0
+    phase: Phase = Phase.OFF
+    strict: bool = False
+    active: int = 0
+    peers: int = 0
+    sealing_key: str = ""
+
+
+@dataclass
+class Server:
+    """Every version there ever was of each kind, by name."""
+
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {kind: [{}] for kind in KINDS})
+    version: int = 0
+
+    def now(self, kind: str) -> dict[str, Any]:
+        return self.history[kind][-1]
+
+    def write(self, kind: str, item: Any) -> Any:
+        self.version += 1
+        item = replace(item, resource_version=str(self.version))
+        self.history[kind].append({**self.now(kind), item.name: item})
+        return item
+
+    def remove(self, kind: str, name: str) -> None:
+        self.version += 1
+        self.history[kind].append({key: item for key, item in self.now(kind).items() if key != name})
+
+
+class OperatorMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.server = Server()
+        self.seen = dict.fromkeys(KINDS, 0)
+        self.overlays: dict[str, Overlay[Any]] = {kind: Overlay() for kind in KINDS}
+        self.agents: dict[str, Agent] = {}
+        self.clock = START
+        self.serial = 0
+        self.recent_ids: list[int] = []
+        self.reported: dict[int, set[str]] = defaultdict(set)
+        self.highest_ordered = 0
+        self.ended: set[int] = set()
+        self.relist()
+
+    # What happens to the cluster.
+
+    @initialize()
+    def begin(self) -> None:
+        for name in NODES[:2]:
+            self.add_node(name, 0)
+
+    @rule(name=st.sampled_from(NODES), shift=st.integers(0, 2))
+    def add_node(self, name: str, shift: int) -> None:
+        """`shift` lets nodes come with the addresses of another."""
+        if name in self.server.now("nodes"):
+            return
+        number = NODES.index(name) + 1 + shift
+        self.clock += timedelta(seconds=1)
+        self.serial += 1
+        self.server.write(
+            "nodes",
+            Node(
+                name=name,
+                uid=f"node-{self.serial}",
+                created=self.clock.isoformat(),
+                live=True,
+                tainted=True,
+                addresses=(ip_address(f"192.0.2.{number}"),),
+                pod_cidrs=(ip_network(f"10.0.{number}.0/24"),),
+            ),
+        )
+        self.agents[name] = Agent(sealing_key=public_key(10_000 + self.serial))
+
+    @rule(name=st.sampled_from(NODES))
+    def remove_node(self, name: str) -> None:
+        if name in self.server.now("nodes"):
+            self.server.remove("nodes", name)
+            self.agents.pop(name)
+
+    @rule(name=st.sampled_from(NODES), live=st.booleans())
+    def change_liveness(self, name: str, live: bool) -> None:
+        node = self.server.now("nodes").get(name)
+        if node and node.live != live:
+            self.server.write("nodes", replace(node, live=live))
+
+    @rule(enabled=st.booleans())
+    def configure(self, enabled: bool) -> None:
+        old = self.server.now("configs").get(names.CONFIG_NAME)
+        generation = old.generation + 1 if old else 1
+        config = MeshConfig(generation=generation, encryption=Encryption(enabled=enabled))
+        self.server.write(
+            "configs",
+            Config(uid="config", resource_version="", generation=generation, config=config),
+        )
+
+    @rule(name=st.sampled_from(NODES))
+    def reinstall_host(self, name: str) -> None:
+        if name in self.agents:
+            self.serial += 1
+            self.agents[name] = Agent(sealing_key=public_key(10_000 + self.serial))
+
+    @rule(name=st.sampled_from(NODES))
+    def delete_mesh_node_by_hand(self, name: str) -> None:
+        if name in self.server.now("mesh_nodes"):
+            self.server.remove("mesh_nodes", name)
+
+    @rule(name=st.sampled_from(NODES))
+    def delete_secret_by_hand(self, name: str) -> None:
+        if name in self.server.now("secrets"):
+            self.server.remove("secrets", name)
+
+    @rule(name=st.sampled_from(NODES), reaches=st.booleans())
+    def agent_acts(self, name: str, reaches: bool = True) -> None:
+        """Reads its orders and carries them out; `reaches`: the handshakes with all peers are proven."""
+        agent, node = self.agents.get(name), self.server.now("mesh_nodes").get(name)
+        if agent is None or node is None:
+            return
+        agent.generation, agent.phase, agent.epoch = node.generation, node.spec.phase, node.spec.epoch
+        agent.strict = agent.phase is Phase.ENFORCING
+        agent.peers = sum(
+            1
+            for peer in self.server.now("mesh_nodes").values()
+            if peer.name != name and peer.spec.public_key(agent.epoch)
+        )
+        has_key = node.spec.public_key(agent.epoch) is not None
+        if agent.phase in (Phase.OFF, Phase.DRAINING):
+            agent.active = 0
+        elif agent.phase in (Phase.ENABLING, Phase.ENFORCING) and has_key and reaches:
+            agent.active = agent.epoch
+
+    @rule(name=st.sampled_from(NODES))
+    def agent_reports(self, name: str) -> None:
+        agent, node = self.agents.get(name), self.server.now("mesh_nodes").get(name)
+        if agent is None or node is None or (agent.generation and agent.generation > node.generation):
+            return
+        if agent.active:
+            self.reported[agent.active].add(name)
+        ready = agent.phase is Phase.OFF or agent.active == agent.epoch
+        self.server.write(
+            "mesh_nodes",
+            replace(
+                node,
+                status=Status(
+                    observed_generation=agent.generation,
+                    sealing_key=agent.sealing_key,
+                    active_epoch=agent.active,
+                    prepared_epoch=agent.active,
+                    strict=agent.strict,
+                    peers=agent.peers,
+                    conditions=(
+                        Condition(
+                            type="Ready",
+                            status=ready,
+                            reason="Ready" if ready else "Preparing",
+                            observed_generation=agent.generation,
+                            since="2026-01-01T00:00:00Z",
+                        ),
+                    ),
+                ),
+            ),
+        )
+
+    @rule()
+    def garbage_is_collected(self) -> None:
+        owners = {node.uid for node in self.server.now("mesh_nodes").values()}
+        for name, secret in self.server.now("secrets").items():
+            if secret.owner not in owners:
+                self.server.remove("secrets", name)
+
+    # What the operator sees and does.
+
+    @rule(kind=st.sampled_from(KINDS), versions=st.integers(1, 5))
+    def watch_brings_news(self, kind: str, versions: int) -> None:
+        for _ in range(versions):
+            if self.seen[kind] == len(self.server.history[kind]) - 1:
+                return
+            before = self.watched(kind)
+            self.seen[kind] += 1
+            for name in before.keys() - self.watched(kind).keys():
+                self.overlays[kind].deletion_seen(name, before[name].uid)
+
+    @rule()
+    def another_leader_takes_over(self) -> None:
+        """It has watches of its own, as late as they like, and lists everything once."""
+        self.overlays = {kind: Overlay() for kind in KINDS}
+        self.recent_ids = []
+        self.relist()
+
+    @rule(writes=st.integers(0, 6), order=st.randoms(use_true_random=False))
+    def look_and_write(self, writes: int, order: Any) -> None:
+        """One round, cut short after some writes, in any order."""
+        inputs = self.inputs()
+        actions = list(reconcile(inputs).actions)
+        order.shuffle(actions)
+        for action in actions[:writes]:
+            self.try_to(action, inputs)
+
+    def relist(self) -> None:
+        for kind in ("secrets", "mesh_nodes", "nodes", "configs", "statuses"):
+            self.overlays[kind].listed(
+                self.server.now(kind).values(), self.watched(kind), str(self.server.version)
+            )
+
+    def watched(self, kind: str) -> dict[str, Any]:
+        return self.server.history[kind][self.seen[kind]]
+
+    def inputs(self) -> Inputs:
+        view = {kind: self.overlays[kind].over(self.watched(kind)) for kind in KINDS}
+        return Inputs(
+            nodes=view["nodes"],
+            mesh_nodes=view["mesh_nodes"],
+            secrets=view["secrets"],
+            config=view["configs"].get(names.CONFIG_NAME),
+            status=view["statuses"].get(names.STATUS_NAME),
+            found_cidrs=(ip_network("10.0.0.0/16"),),
+            recent_ids=tuple(self.recent_ids),
+            now=self.clock,
+        )
+
+    def try_to(self, action: Action, inputs: Inputs) -> None:
+        try:
+            self.apply(action, inputs)
+        except Conflict:
+            self.relist()
+
+    def apply(self, action: Action, inputs: Inputs) -> None:
+        """As the API server would: writes to what has changed since are refused."""
+        mesh_nodes, secrets = self.server.now("mesh_nodes"), self.server.now("secrets")
+        match action:
+            case CreateMeshNode():
+                if action.node in mesh_nodes:
+                    raise Conflict
+                self.serial += 1
+                self.clock += timedelta(seconds=1)
+                created = MeshNode(
+                    name=action.node,
+                    uid=f"mesh-{self.serial}",
+                    owner=action.owner,
+                    generation=1,
+                    created=self.clock.isoformat(),
+                    spec=action.spec,
+                )
+                self.check_order(None, created, inputs)
+                self.wrote("mesh_nodes", created)
+            case PatchSpec():
+                old = mesh_nodes.get(action.node)
+                if old is None or old.resource_version != action.resource_version:
+                    raise Conflict
+                new = replace(old, spec=action.spec, generation=old.generation + 1)
+                self.check_order(old, new, inputs)
+                self.wrote("mesh_nodes", new)
+            case DeleteMeshNode():
+                node = self.server.now("nodes").get(action.node)
+                if node and node.uid == action.owner:
+                    raise Conflict
+                if action.node in mesh_nodes and mesh_nodes[action.node].uid == action.uid:
+                    self.recent_ids.append(mesh_nodes[action.node].spec.id)
+                    self.server.remove("mesh_nodes", action.node)
+                self.overlays["mesh_nodes"].deleted(action.node, action.uid)
+            case IssueKey():
+                self.issue_key(action, secrets.get(action.node))
+            case AdoptSecret():
+                found = secrets.get(action.secret.node)
+                if found is None or found.resource_version != action.secret.resource_version:
+                    raise Conflict
+                self.wrote("secrets", replace(found, owner=action.owner))
+            case DeleteSecret():
+                name = action.secret.node
+                if name in mesh_nodes and mesh_nodes[name].spec.phase is not Phase.OFF:
+                    raise Conflict
+                if name in secrets and secrets[name].uid == action.secret.uid:
+                    self.server.remove("secrets", name)
+                self.overlays["secrets"].deleted(name, action.secret.uid)
+            case LiftTaint():
+                node = self.server.now("nodes").get(action.node)
+                if node is None:
+                    raise Conflict
+                self.wrote("nodes", replace(node, tainted=False))
+            case WriteConfigStatus():
+                config = self.server.now("configs").get(names.CONFIG_NAME)
+                if config is None or config.resource_version != action.resource_version:
+                    raise Conflict
+                self.wrote("configs", replace(config, conditions=action.conditions))
+            case WriteStatus():
+                status = self.server.now("statuses").get(names.STATUS_NAME)
+                if (status is None) is not action.create or (
+                    status and status.resource_version != action.status.resource_version
+                ):
+                    raise Conflict
+                self.wrote("statuses", action.status)
+
+    def issue_key(self, action: IssueKey, found: KeySecret | None) -> None:
+        if (found is None) is not (action.secret is None) or (
+            found and action.secret and found.resource_version != action.secret.resource_version
+        ):
+            raise Conflict
+        assert action.epoch not in self.ended, "a key for an epoch that had ended"
+        self.serial += 1
+        self.wrote(
+            "secrets",
+            KeySecret(
+                node=action.node,
+                uid=found.uid if found else f"secret-{self.serial}",
+                owner=action.owner,
+                sealed_to=action.sealing_key,
+                keys=(Key(epoch=action.epoch, public_key=public_key(self.serial)),),
+            ),
+        )
+
+    def wrote(self, kind: str, item: Any) -> None:
+        self.overlays[kind].wrote(self.server.write(kind, item))
+
+    # What must hold.
+
+    def check_order(self, old: MeshNode | None, new: MeshNode, inputs: Inputs) -> None:
+        phase, epoch = new.spec.phase, new.spec.epoch
+        others = [node for name, node in self.server.now("mesh_nodes").items() if name != new.name]
+        live = [name for name, node in inputs.nodes.items() if node.live and name in inputs.mesh_nodes]
+        given = {(node.spec.phase, node.spec.epoch) for node in others}
+        if old is not None:
+            assert phase in {old.spec.phase, *SUCCESSORS[old.spec.phase]}, "a phase was skipped"
+            assert epoch >= old.spec.epoch, "an epoch went back"
+            if old.spec.keys and not new.spec.keys:
+                kept = self.server.now("secrets").get(new.name)
+                assert phase is Phase.OFF or kept is None or kept.public_key(epoch) is None, (
+                    "a key withdrawn early"
+                )
+        if phase is not Phase.OFF and epoch > self.highest_ordered:
+            assert phase is Phase.ENABLING, "an epoch begins with Enabling"
+            self.highest_ordered = epoch
+        if phase is not Phase.OFF:
+            assert epoch not in self.ended, "an epoch was used twice"
+        if old is None or (phase, epoch) == (old.spec.phase, old.spec.epoch) or (phase, epoch) in given:
+            return
+        # The first order of this phase: what it waits for must really be so.
+        agents = {name: self.agents[name] for name in live if name in self.agents}
+        match phase:
+            case Phase.ENFORCING:
+                assert live, "nobody was asked"
+                assert self.reported[epoch] >= set(agents), "Enforcing before every live node had moved"
+            case Phase.DRAINING:
+                assert live, "nobody was asked"
+                told = [name for name in agents if inputs.mesh_nodes[name].spec.phase is not Phase.OFF]
+                assert not any(agents[name].strict for name in told), "Draining while a node still drops"
+            case Phase.OFF if old.spec.phase is Phase.DRAINING:
+                told = [name for name in agents if inputs.mesh_nodes[name].spec.phase is not Phase.OFF]
+                assert not any(agents[name].active for name in told), (
+                    "Off while a node still sends encrypted"
+                )
+                self.ended.add(epoch)
+
+    @invariant()
+    def no_two_nodes_share_anything(self) -> None:
+        mesh_nodes = self.server.now("mesh_nodes").values()
+        for one, other in combinations(mesh_nodes, 2):
+            assert one.spec.id != other.spec.id
+            assert not set(one.spec.addresses) & set(other.spec.addresses)
+            assert not set(one.spec.pod_cidrs) & set(other.spec.pod_cidrs)
+            assert not {key.public_key for key in one.spec.keys} & {
+                key.public_key for key in other.spec.keys
+            }
+
+    @precondition(lambda self: any(node.live for node in self.server.now("nodes").values()))
+    @rule()
+    def left_in_peace_all_comes_right(self) -> None:
+        for _ in range(40):
+            for kind in KINDS:
+                self.watch_brings_news(kind, len(self.server.history[kind]))
+            inputs = self.inputs()
+            plan = reconcile(inputs)
+            before = self.server.version
+            for action in plan.actions:
+                self.try_to(action, inputs)
+            for name in self.agents:
+                if self.server.now("nodes")[name].live:
+                    old = self.server.now("mesh_nodes").get(name)
+                    self.agent_acts(name)
+                    agent = self.agents[name]
+                    if old and (
+                        (old.status.active_epoch, old.status.strict, old.status.observed_generation)
+                        != (agent.active, agent.strict, agent.generation)
+                        or (old.status.peers, old.status.sealing_key) != (agent.peers, agent.sealing_key)
+                    ):
+                        self.agent_reports(name)
+            if not plan.actions and self.server.version == before:
+                break
+        else:
+            raise AssertionError(f"never at rest: {plan.actions}")
+        config = self.server.now("configs").get(names.CONFIG_NAME)
+        enabled = bool(config and config.config and config.config.encryption.enabled)
+        nodes, mesh_nodes = self.server.now("nodes"), self.server.now("mesh_nodes")
+        assert mesh_nodes.keys() == nodes.keys()
+        assert {node.spec.phase for node in mesh_nodes.values()} == {
+            Phase.ENFORCING if enabled else Phase.OFF
+        }
+        secrets = self.server.now("secrets")
+        if not enabled:
+            assert not secrets
+        else:
+            live = {name for name, node in nodes.items() if node.live}
+            assert live <= secrets.keys()
+            for name in live:
+                epoch = mesh_nodes[name].spec.epoch
+                assert mesh_nodes[name].spec.public_key(epoch) == secrets[name].public_key(epoch)
+                assert secrets[name].sealed_to == self.agents[name].sealing_key
+        status: MeshStatus = self.server.now("statuses")[names.STATUS_NAME]
+        assert status.encryption == ("WireGuard" if enabled else "Off")
+        assert status.epoch >= self.highest_ordered
+
+
+TestOperatorMachine = OperatorMachine.TestCase
+TestOperatorMachine.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
