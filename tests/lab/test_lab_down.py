@@ -1,4 +1,5 @@
-"""Nothing of a lab stays behind, however it ended. Runs in namespaces of its own, beside the other tests' lab."""
+"""Nothing of a lab stays behind, however it ended. Runs in namespaces of its own, beside the other tests'
+lab."""
 
 from __future__ import annotations
 
@@ -25,6 +26,12 @@ def what_is_there():
 before = what_is_there()
 directory = Path(sys.argv[1])
 lab = Lab(directory)
+lab.up(Settings(nodes=1, mesh=False))
+assert what_is_there() != before
+lab.down()
+assert what_is_there() == before, (what_is_there(), before)
+assert not directory.exists()
+
 lab.up(Settings(nodes=2, mesh=False))
 first = lab.state.lab_id
 # A namespace and a process that are not the lab's, however they are called.
@@ -48,11 +55,11 @@ assert mine.poll() is None, "a process of somebody else was ended"
 mine.kill(); mine.wait()
 assert network.list_netns() == ["mw-mine"]
 run("ip", "netns", "delete", "mw-mine")
+# Down with nothing up is no error. That namespace of somebody else had kept the directory of all of them
+# mounted.
 lab.down()
-# Somebody else's namespace kept the directory mounted; without it:
-lab.up(Settings(nodes=1, mesh=False))
-lab.down()
-run("sh", "-c", "umount /run/netns && rmdir /run/netns || true")
+run("umount", "/run/netns")
+run("rmdir", "/run/netns")
 assert what_is_there() == before, (what_is_there(), before)
 assert not directory.exists()
 print("nothing is left")
