@@ -215,4 +215,5 @@ def test_a_second_lab_beside_is_refused_and_leaves_the_first_alone(lab: Lab, oth
     with pytest.raises(LabError, match="MESHWIRE_LAB_DIR"):
         Lab(other_directory).up(Settings(nodes=1))
     assert network.list_netns() == before
+    assert not other_directory.exists()
     assert all(component.running for component in lab.components())

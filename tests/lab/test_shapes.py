@@ -1,5 +1,5 @@
-"""Clusters of other shapes: one family only, an overlay, a wide wire. Each is a lab in namespaces of its own,
-beside the other tests' lab."""
+"""Clusters of other shapes: one family only, an overlay, a wide wire. Each is a lab in namespaces of its
+own, beside the other tests' lab."""
 
 from __future__ import annotations
 
