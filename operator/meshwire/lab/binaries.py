@@ -1,4 +1,5 @@
-"""Finds the programs of a Kubernetes control plane, or builds them from the pinned Go module tests/controlplane."""
+"""Finds the programs of a Kubernetes control plane, or builds them from the pinned Go module
+tests/controlplane."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ SOURCE: Final = Path(__file__).resolve().parents[3] / "tests/controlplane"
 def find_binaries(environ: Mapping[str, str] = os.environ, *, source: Path = SOURCE) -> Path | None:
     """The first directory that holds all six programs: $KUBEBUILDER_ASSETS, those of $PATH, the cache.
 
-    All from one place, because a control plane put together from several versions fails in ways nobody wants to
-    debug: a kubectl alone in $PATH is therefore not used."""
+    All from one place, because a control plane put together from several versions fails in ways nobody wants
+    to debug: a kubectl alone in $PATH is therefore not used."""
     return next((directory for directory in _candidates(environ, source) if _is_complete(directory)), None)
 
 
@@ -85,8 +86,8 @@ def ensure_binaries(
     source: Path = SOURCE,
     report: Callable[[str], None] = lambda message: None,
 ) -> Path:
-    """A directory with all six programs, built if there is none: minutes and about 2 GB of memory. `report` is told
-    before a build. Raises LabError."""
+    """A directory with all six programs, built if there is none: minutes and about 2 GB of memory. `report`
+    is told before a build. Raises LabError."""
     if found := find_binaries(environ, source=source):
         return found
     if not (source / "go.mod").exists():
@@ -116,6 +117,6 @@ def ensure_binaries(
 def _advice(problem: str) -> str:
     return (
         f"no directory with all of {', '.join(PROGRAMS)} in $KUBEBUILDER_ASSETS or $PATH, and {problem}.\n"
-        "Install Go and let the lab build them from tests/controlplane, or put all six (of one version, 1.33 or"
-        " newer) in one directory and name it in KUBEBUILDER_ASSETS."
+        "Install Go and let the lab build them from tests/controlplane, or put all six (of one version,"
+        " 1.33 or newer) in one directory and name it in KUBEBUILDER_ASSETS."
     )

@@ -1,5 +1,6 @@
-"""Records the underlay's wire and judges what was on it: how many packets were WireGuard's, and how many showed a
-pod's address to whoever listens. `analyse` is pure but for reading the file; `Capture` runs tcpdump."""
+"""Records the underlay's wire and judges what was on it: how many packets were WireGuard's, and how many
+showed a pod's address to whoever listens. `analyse` is pure but for reading the file; `Capture` runs
+tcpdump."""
 
 from __future__ import annotations
 
@@ -82,14 +83,16 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.total} packets: {self.wireguard} WireGuard, {self.clear} with a pod address in clear,"
-            f" {self.other} other IP, {self.non_ip} not IP, {self.unreadable} unreadable; {self.dropped} not recorded"
+            f" {self.other} other IP, {self.non_ip} not IP, {self.unreadable} unreadable;"
+            f" {self.dropped} not recorded"
         ]
         return "\n".join([*lines, *(f"  {example}" for example in self.examples)])
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One recorded packet from its network header on. `time` is in seconds since 1970, `interface` an ifindex or 0."""
+    """One recorded packet from its network header on. `time` is in seconds since 1970, `interface` an
+    ifindex or 0."""
 
     time: float
     interface: int
@@ -127,8 +130,8 @@ class Judge:
         return cls(tuple(networks), frozenset(ports))
 
     def kind(self, protocol: int, data: bytes) -> tuple[str, str]:
-        """(`wireguard`, `clear`, `other` or `non_ip`; its WireGuard type or, where clear, who talks to whom). Raises
-        Unreadable."""
+        """(`wireguard`, `clear`, `other` or `non_ip`; its WireGuard type or, where clear, who talks to
+        whom). Raises Unreadable."""
         if protocol not in (ETH_P_IP, ETH_P_IPV6):
             return "non_ip", ""
         if found := self._find_pods(data, "outside"):
@@ -212,8 +215,8 @@ def analyse(
     dropped: int = 0,
     interfaces: Mapping[int, str] | None = None,
 ) -> Report:
-    """Judges the packets of pcap files. `dropped` is what their recorder says it missed, `interfaces` gives names to
-    ifindexes. Raises LabError for a file that is no pcap or ends within a packet."""
+    """Judges the packets of pcap files. `dropped` is what their recorder says it missed, `interfaces` gives
+    names to ifindexes. Raises LabError for a file that is no pcap or ends within a packet."""
     judge = Judge.of(pods, ports)
     kinds: Counter[str] = Counter()
     types: Counter[int] = Counter()
@@ -351,8 +354,8 @@ def _text(header: _Header, data: bytes) -> str:
 
 
 class Capture:
-    """tcpdump on all ports of the underlay, also those of nodes that come later. Each packet is recorded once, as it
-    enters the wire. Used as a context manager; `report` is there afterwards."""
+    """tcpdump on all ports of the underlay, also those of nodes that come later. Each packet is recorded
+    once, as it enters the wire. Used as a context manager; `report` is there afterwards."""
 
     def __init__(
         self,
@@ -389,8 +392,9 @@ class Capture:
             *("-n", "-U", f"--snapshot-length={SNAP_LENGTH}", f"--buffer-size={BUFFER_KIB}"),
             # Without it tcpdump gives up root before it opens the file.
             *("--relinquish-privileges=root", "-w", str(self.path)),
-            # The bridge shows some of what its ports have shown already. (--direction=in is judged in tcpdump after
-            # the kernel has counted the packet: its statistics would tell of losses that are none.)
+            # The bridge shows some of what its ports have shown already. (--direction=in is judged in
+            # tcpdump after the kernel has counted the packet: its statistics would tell of losses that are
+            # none.)
             f"inbound and not ifindex {next(iter(bridge))}",
         ]
         self._process = subprocess.Popen(
@@ -432,7 +436,8 @@ class Capture:
 
 
 def missed(statistics: str) -> int:
-    """Packets that tcpdump saw and didn't write, from what it says at its end. Raises LabError where it doesn't."""
+    """Packets that tcpdump saw and didn't write, from what it says at its end. Raises LabError where it
+    doesn't."""
     captured = re.search(r"^(\d+) packets? captured$", statistics, re.MULTILINE)
     received = re.search(r"^(\d+) packets? received by filter$", statistics, re.MULTILINE)
     if not captured or not received:

@@ -1,5 +1,5 @@
-"""The network part of a node: what routes, tunnels and pod devices there should be, as commands of `ip` and `bridge`.
-Pure, but for the address pool's file and `apply`."""
+"""The network part of a node: what routes, tunnels and pod devices there should be, as commands of `ip` and
+`bridge`. Pure, but for the address pool's file and `apply`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ TABLE: Final = "mw-cni"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing in the kernel, with the commands that make and remove it. `remove` names it exactly: it must not hit
-    what replaced it."""
+    """One thing in the kernel, with the commands that make and remove it. `remove` names it exactly: it must
+    not hit what replaced it."""
 
     tool: str
     add: str
@@ -74,7 +74,8 @@ def plan_routes(remotes: Iterable[Remote], settings: Settings) -> tuple[Entry, .
 
 
 def plan_pod_routes(pods: Iterable[tuple[Address, str]], remotes: Iterable[Remote]) -> tuple[Entry, ...]:
-    """One per pod, as (address, node's name), where nodes have no CIDR. Pods of nodes not in `remotes` get none."""
+    """One per pod, as (address, node's name), where nodes have no CIDR. Pods of nodes not in `remotes` get
+    none."""
     by_name = {remote.name: remote for remote in remotes}
     entries = []
     for address, node in sorted(pods, key=str):
@@ -90,7 +91,8 @@ def _underlay_routes(remote: Remote) -> Iterator[Entry]:
 
 
 def _overlay_routes(remote: Remote) -> Iterator[Entry]:
-    """As flannel does: the remote's overlay device has the first address of its CIDR, every node knows its MAC."""
+    """As flannel does: the remote's overlay device has the first address of its CIDR, every node knows its
+    MAC."""
     if not remote.addresses:
         return
     mac = overlay_mac(remote.name)
@@ -129,10 +131,10 @@ def overlay_commands(
 
 def masquerade_rules(families: Iterable[str]) -> str:
     """For nft: pods reach what is outside of the cluster under their node's address."""
-    names = {"v4": "ip", "v6": "ip6"}
+    matches = [("ip" if family == "v4" else "ip6", PODS[family]) for family in families]
     rules = "\n".join(
-        f"    oifname {UPLINK} {names[family]} saddr {PODS[family]} {names[family]} daddr != {PODS[family]} masquerade"
-        for family in families
+        f"    oifname {UPLINK} {match} saddr {pods} {match} daddr != {pods} masquerade"
+        for match, pods in matches
     )
     return (
         # Adding it first makes the deletion valid where there is none: one transaction either way.
@@ -149,8 +151,8 @@ def pod_device_commands(
     node_addresses: Sequence[Address],
     mtu: int,
 ) -> tuple[str, ...]:
-    """On the node: the veth pair, its gateway addresses, and a route to each of the pod's addresses. The node itself
-    talks to its pods under its own address."""
+    """On the node: the veth pair, its gateway addresses, and a route to each of the pod's addresses. The
+    node itself talks to its pods under its own address."""
     families = [family_of(address) for address in addresses]
     gateways = {
         "v4": f"{POD_GATEWAY['v4']}/32 dev {device} scope link",
@@ -207,8 +209,8 @@ async def apply(before: Sequence[Entry], after: Sequence[Entry]) -> None:
 async def batch(
     lines: Iterable[str], *, tool: str = "ip", netns: str | None = None, force: bool = False
 ) -> None:
-    """Runs commands of `ip` or `bridge` in a named network namespace or our own; `force` passes over those that
-    fail. Raises LabError."""
+    """Runs commands of `ip` or `bridge` in a named network namespace or our own; `force` passes over those
+    that fail. Raises LabError."""
     command = [tool, *(["-force"] if force else []), *(["-n", netns] if netns else []), "-batch", "-"]
     await run(command, "\n".join(lines), check=not force)
 
@@ -231,8 +233,8 @@ FIRST_NUMBER: Final = 2
 
 
 def pick(taken: Iterable[int], last: int, end: int) -> int:
-    """The next free number after `last` below `end`, from the start again when there is none: an address just given
-    back rests as long as possible. Raises LabError."""
+    """The next free number after `last` below `end`, from the start again when there is none: an address
+    just given back rests as long as possible. Raises LabError."""
     used = frozenset(taken)
     for number in itertools.chain(
         range(max(last + 1, FIRST_NUMBER), end), range(FIRST_NUMBER, min(last + 1, end))

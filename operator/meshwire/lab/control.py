@@ -1,7 +1,8 @@
-"""The lab's own process in the control plane's namespace: relays the API server's port to the namespace of whoever
-ran `up`, without adding a device there, and keeps the operator's token fresh.
+"""The lab's own process in the control plane's namespace: relays the API server's port to the namespace of
+whoever ran `up`, without adding a device there, and keeps the operator's token fresh.
 
-The listening socket comes from outside as a file descriptor: a socket stays in the network namespace it was made in."""
+The listening socket comes from outside as a file descriptor: a socket stays in the network namespace it was
+made in."""
 
 from __future__ import annotations
 

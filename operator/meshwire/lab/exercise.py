@@ -1,5 +1,5 @@
-"""What tests, the demo and the figures do with a lab: pods on every node that answer, encryption on and off, traffic
-between all nodes that counts what it loses."""
+"""What tests, the demo and the figures do with a lab: pods on every node that answer, encryption on and off,
+traffic between all nodes that counts what it loses."""
 
 from __future__ import annotations
 
@@ -168,8 +168,8 @@ class Exercise:
         return self.lab.get("meshnode", node)
 
     def wait_for_phase(self, phase: str, *, strict: bool = True, seconds: float = 90) -> None:
-        """Until all nodes have been ordered to a phase and say they have carried it out. In Enforcing, `strict` says
-        whether plaintext is to be dropped."""
+        """Until all nodes have been ordered to a phase and say they have carried it out. In Enforcing,
+        `strict` says whether plaintext is to be dropped."""
 
         async def problem(client: Client) -> str:
             base = f"/apis/{names.API_VERSION}"
@@ -227,9 +227,9 @@ class Exercise:
         services: bool = False,
         nodes: Sequence[str] | None = None,
     ) -> Iterator[Flows]:
-        """UDP and TCP between every pair of nodes, in both directions and all families, while the body runs; with
-        `services` also from each node through the Service. Rates are per flow and direction: packets and bytes per
-        second."""
+        """UDP and TCP between every pair of nodes, in both directions and all families, while the body runs;
+        with `services` also from each node through the Service. Rates are per flow and direction: packets
+        and bytes per second."""
         talks = self.pairs(nodes)
         if services:
             addresses = list(self.services())

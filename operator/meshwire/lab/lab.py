@@ -1,7 +1,7 @@
 """The lab as a whole: what `meshwire lab ...` and tests call. Needs root.
 
-A lab is what its state directory says; every object of this class is only a view of it, so commands in different
-processes work on the same lab."""
+A lab is what its state directory says; every object of this class is only a view of it, so commands in
+different processes work on the same lab."""
 
 from __future__ import annotations
 
@@ -148,6 +148,7 @@ class Lab:
         if self.is_up:
             self._report("taking down what was there")
             self.down()
+        self._check_names_are_free(settings)
         if settings.mesh and not (SOURCE / "config/access").is_dir():
             raise LabError(
                 f"no config/access in {SOURCE}: the lab runs from a source tree (or with --no-mesh)"
@@ -191,8 +192,8 @@ class Lab:
             self._remove_state(state)
 
     def wait_ready(self, *, seconds: float = 180) -> None:
-        """Until every node is Ready (and its agent has taken the start-up taint off), pods can be made, and nothing
-        of the lab has died meanwhile."""
+        """Until every node is Ready (and its agent has taken the start-up taint off), pods can be made, and
+        nothing of the lab has died meanwhile."""
         state = self.state
         self._report("waiting for the nodes to become ready")
 
@@ -241,6 +242,13 @@ class Lab:
 
             async def delete(client: Client) -> None:
                 await client.delete(f"/api/v1/nodes/{name}")
+                # The garbage collector would do so too, a minute later.
+                pods = await client.get("/api/v1/pods", fieldSelector=f"spec.nodeName={name}")
+                for pod in pods["items"]:
+                    path = (
+                        f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
+                    )
+                    await client.delete(path, gracePeriodSeconds="0")
 
             self.call(delete)
 
@@ -280,7 +288,8 @@ class Lab:
         return processes.stop(self.paths, "operator", kill=kill)
 
     def stop_apiserver(self) -> bool:
-        return processes.stop(self.paths, "apiserver")
+        """At once: it would take a minute to say goodbye to everybody who watches."""
+        return processes.stop(self.paths, "apiserver", kill=True)
 
     def start_apiserver(self, *, wait_seconds: float = 60) -> None:
         programs = binaries.ensure_binaries(report=self._report)
@@ -369,7 +378,8 @@ class Lab:
         return env
 
     def call(self, function: Callable[[Client], Coroutine[Any, Any, Result]]) -> Result:
-        """Runs `function` with an administrator's client, on an event loop of its own: callers may have one too."""
+        """Runs `function` with an administrator's client, on an event loop of its own: callers may have one
+        too."""
 
         async def run() -> Result:
             async with Client(read_kubeconfig(self.kubeconfig)) as client:
@@ -398,13 +408,15 @@ class Lab:
 
     # How
 
-    def _begin(self, settings: Settings) -> State:
-        taken = {CONTROL_NETNS, UNDERLAY_NETNS, *(f"mw-node{i}" for i in range(1, settings.nodes + 1))}
-        if taken := taken & set(network.list_netns()):
+    def _check_names_are_free(self, settings: Settings) -> None:
+        wanted = {CONTROL_NETNS, UNDERLAY_NETNS, *(f"mw-node{i}" for i in range(1, settings.nodes + 1))}
+        if taken := wanted & set(network.list_netns()):
             raise LabError(
-                f"network namespaces {', '.join(sorted(taken))} are there and not of a lab in {self.paths.root}:"
-                " another lab's? (MESHWIRE_LAB_DIR)"
+                f"network namespaces {', '.join(sorted(taken))} are there, but no lab is in {self.paths.root}:"
+                " is another one up? (MESHWIRE_LAB_DIR)"
             )
+
+    def _begin(self, settings: Settings) -> State:
         made_mount = not network.is_mount_point(network.NETNS_DIRECTORY)
         state = State(
             lab_id=secrets.token_hex(8),

@@ -1,4 +1,5 @@
-"""What a lab is made of: its settings, names, addresses and the layout of its state directory. Touches nothing."""
+"""What a lab is made of: its settings, names, addresses and the layout of its state directory. Touches
+nothing."""
 
 from __future__ import annotations
 
@@ -124,8 +125,8 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """What the lab in a state directory was built as; written before anything is built, so that `down` after a crash
-    knows what to look for."""
+    """What the lab in a state directory was built as; written before anything is built, so that `down` after
+    a crash knows what to look for."""
 
     lab_id: str
     settings: Settings
@@ -219,7 +220,8 @@ NODE_NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,13}[a-z0-9])?")
 
 
 def check_node_name(name: str) -> None:
-    """Raises LabError. A port of the underlay's bridge is called as the node, and devices' names end at 15."""
+    """Raises LabError. A port of the underlay's bridge is called as the node, and devices' names end at
+    15."""
     if not NODE_NAME.fullmatch(name):
         raise LabError(f"node name {name!r}: want up to 15 of a-z, 0-9 and -, as it names a device too")
     if name in (CONTROL, "underlay", BRIDGE, "lo"):

@@ -46,8 +46,8 @@ NODE_SYSCTLS: Final[Mapping[str, str]] = {
 
 
 def ip(*lines: str, netns: str | None = None) -> None:
-    """Runs `ip` commands in one go, in a named network namespace or our own. Raises LabError at the first that
-    fails."""
+    """Runs `ip` commands in one go, in a named network namespace or our own. Raises LabError at the first
+    that fails."""
     command = ["ip", *(["-n", netns] if netns else []), "-batch", "-"]
     result = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
     if result.returncode:
@@ -92,12 +92,13 @@ def pids_in(netns: str) -> list[int]:
 
 
 def make_underlay(settings: Settings) -> None:
-    """The wire: a bridge in a namespace of its own, without an address and without multicast snooping, which would
-    keep neighbour discovery waiting for a querier that isn't there."""
+    """The wire: a bridge in a namespace of its own, without an address and without multicast snooping, which
+    would keep neighbour discovery waiting for a querier that isn't there."""
     add_netns(UNDERLAY_NETNS)
+    options = "forward_delay 0 stp_state 0 mcast_snooping 0"
     ip(
         "link set lo up",
-        f"link add {BRIDGE} mtu {settings.underlay_mtu} type bridge forward_delay 0 stp_state 0 mcast_snooping 0",
+        f"link add {BRIDGE} mtu {settings.underlay_mtu} type bridge {options}",
         f"link set {BRIDGE} up",
         netns=UNDERLAY_NETNS,
     )
@@ -111,7 +112,8 @@ def make_control(settings: Settings) -> None:
 
 
 def make_node(node: Node, settings: Settings, paths: Paths, lab_id: str) -> None:
-    """A node's namespaces and its uplink. The mount namespace lives as long as the recorded process NODE.holder."""
+    """A node's namespaces and its uplink. The mount namespace lives as long as the recorded process
+    NODE.holder."""
     add_netns(node.netns)
     _start_holder(node, paths, lab_id)
     _connect(node.name, node.netns, node.mac, node.addresses(settings.families), settings)
@@ -120,8 +122,8 @@ def make_node(node: Node, settings: Settings, paths: Paths, lab_id: str) -> None
 
 
 def unplug(port: str) -> None:
-    """Removes a machine's port from the underlay, and with it the machine's uplink, at once: deleting a namespace
-    leaves that to the kernel's leisure."""
+    """Removes a machine's port from the underlay, and with it the machine's uplink, at once: deleting a
+    namespace leaves that to the kernel's leisure."""
     subprocess.run(["ip", "-n", UNDERLAY_NETNS, "link", "delete", "dev", port], capture_output=True)
 
 
@@ -158,7 +160,8 @@ while [ $# -gt 0 ]; do echo "$2" > "/proc/sys/$1"; shift 2; done
 echo ready
 exec sleep infinity > /dev/null
 """
-"""What is a node's own: /sys of its network namespace, bpffs, /run, and Meshwire's state. The rest is the host's."""
+"""What is a node's own: /sys of its network namespace, bpffs, /run, and Meshwire's state. The rest is the
+host's."""
 
 
 def _start_holder(node: Node, paths: Paths, lab_id: str) -> None:

@@ -1,7 +1,8 @@
-"""A node's process: stands in for kubelet (registration, lease, pods) and CNI (routes, pod devices), and keeps the
-agent's token. It runs in the node's network namespace and the host's mount namespace.
+"""A node's process: stands in for kubelet (registration, lease, pods) and CNI (routes, pod devices), and
+keeps the agent's token. It runs in the node's network namespace and the host's mount namespace.
 
-The kubelet part acts under the node's own identity and within its rights, the network part under one of its own."""
+The kubelet part acts under the node's own identity and within its rights, the network part under one of its
+own."""
 
 from __future__ import annotations
 
@@ -161,8 +162,8 @@ class NodeProcess:
         await cni.run(["ip", "link", "delete", OVERLAY_DEVICE], check=False)
 
     async def _keep_registered(self) -> None:
-        """Registers the Node, and says that it is ready whenever somebody says it isn't: the node controller marks a
-        node whose lease was late, and only its kubelet can take that back."""
+        """Registers the Node, and says that it is ready whenever somebody says it isn't: the node controller
+        marks a node whose lease was late, and only its kubelet can take that back."""
         while True:
             try:
                 if not self._uid.done():

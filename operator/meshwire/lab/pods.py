@@ -1,5 +1,5 @@
-"""The runtime part of a node: one worker per pod gives it a network namespace, runs its first container's command
-from the host's file system, reports, and cleans up."""
+"""The runtime part of a node: one worker per pod gives it a network namespace, runs its first container's
+command from the host's file system, reports, and cleans up."""
 
 from __future__ import annotations
 
@@ -201,8 +201,8 @@ cd "$5"
 shift 5
 exec "$@"
 """
-"""A container of the lab has a host name, a /run and name resolution of its own; one on the host's network only a
-host name and its service account."""
+"""A container of the lab has a host name, a /run and name resolution of its own; one on the host's network
+only a host name and its service account."""
 
 
 class Worker:
@@ -300,7 +300,8 @@ class Worker:
         if not (network.NETNS_DIRECTORY / self._netns).exists():
             return
         processes.kill_all(network.pids_in(self._netns))
-        # The device goes with the namespace, but only at the kernel's leisure; its routes shouldn't stay so long.
+        # The device goes with the namespace, but only at the kernel's leisure; its routes shouldn't stay so
+        # long.
         await cni.run(["ip", "-n", self._netns, "link", "delete", "eth0"], check=False)
         await cni.run(["ip", "netns", "delete", self._netns], check=False)
 
@@ -408,7 +409,8 @@ class Worker:
                 await self._pause(RETRY_SECONDS)
 
     async def _supervise(self, process: asyncio.subprocess.Process, progress: Progress) -> int:
-        """Until the process ends, by itself or because the pod is deleted; its exit code as a shell would give it."""
+        """Until the process ends, by itself or because the pod is deleted; its exit code as a shell would
+        give it."""
         waiter = asyncio.create_task(process.wait())
         reporter = asyncio.create_task(self._report_running(progress))
         leaving = asyncio.create_task(self._until(lambda: self._leaving))

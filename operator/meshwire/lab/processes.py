@@ -1,5 +1,5 @@
-"""Starts and stops a lab's long-running processes, recorded by pid and start time; everything they start inherits
-the lab's id in its environment, by which `down` finds it even after a crash."""
+"""Starts and stops a lab's long-running processes, recorded by pid and start time; everything they start
+inherits the lab's id in its environment, by which `down` finds it even after a crash."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ MARK: Final = "MESHWIRE_LAB_ID"
 """Environment variable that says which lab a process belongs to."""
 
 INHERITED: Final = ("HOME", "LANG", "PYTHONPATH", "TMPDIR", "TERM", "GOMAXPROCS", "TZ")
-"""Of our own environment; a KUBECONFIG or a proxy setting of the person at the terminal is none of the lab's business."""
+"""Of our own environment; a KUBECONFIG or a proxy setting of the person at the terminal is none of the lab's
+business."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """`started` is the kernel's start time in clock ticks: with the pid, an identity no later process shares."""
+    """`started` is the kernel's start time in clock ticks: with the pid, an identity no later process
+    shares."""
 
     component: str
     pid: int
@@ -53,7 +55,8 @@ def environment(lab_id: str, **extra: str) -> dict[str, str]:
 
 
 def in_namespaces(netns: str, *, mounts_of: int | None = None) -> list[str]:
-    """Command prefix that enters a named network namespace, and the mount namespace of process `mounts_of`."""
+    """Command prefix that enters a named network namespace, and the mount namespace of process
+    `mounts_of`."""
     mounts = [f"--mount=/proc/{mounts_of}/ns/mnt"] if mounts_of else []
     return ["nsenter", f"--net=/run/netns/{netns}", *mounts, "--"]
 
@@ -107,8 +110,8 @@ def find_all(paths: Paths) -> tuple[Process, ...]:
 
 
 def stop(paths: Paths, component: str, *, kill: bool = False, timeout: float = 15) -> bool:
-    """Ends a component and forgets it: SIGTERM and, after `timeout` seconds, SIGKILL; or SIGKILL at once. Tells
-    whether it ran."""
+    """Ends a component and forgets it: SIGTERM and, after `timeout` seconds, SIGKILL; or SIGKILL at once.
+    Tells whether it ran."""
     process = find(paths, component)
     if not process:
         return False
@@ -154,8 +157,8 @@ def kill_all(pids: Iterable[int], *, timeout: float = 5) -> None:
 
 
 def resident_kib(pid: int) -> int:
-    """Resident memory in KiB, with what it shares with others (the control plane's programs are one file); 0 for a
-    process that is gone."""
+    """Resident memory in KiB, with what it shares with others (the control plane's programs are one file); 0
+    for a process that is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):

@@ -1,4 +1,5 @@
-"""Keeps a service account's directory as a pod finds it: token (refreshed before it expires), ca.crt, namespace."""
+"""Keeps a service account's directory as a pod finds it: token (refreshed before it expires), ca.crt,
+namespace."""
 
 from __future__ import annotations
 
@@ -30,8 +31,8 @@ async def write_token(
     authority: Path,
     bound_to: Mapping[str, Any] | None = None,
 ) -> None:
-    """Fetches a token once, bound to the life of an object (kind, apiVersion, name, uid) if one is given. Raises what
-    Client raises."""
+    """Fetches a token once, bound to the life of an object (kind, apiVersion, name, uid) if one is given.
+    Raises what Client raises."""
     spec: dict[str, Any] = {"expirationSeconds": LIFETIME_SECONDS}
     if bound_to:
         spec["boundObjectRef"] = dict(bound_to)

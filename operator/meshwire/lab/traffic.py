@@ -1,8 +1,8 @@
 """Traffic that tells what happened to it, as a command for pods; needs the standard library alone.
 
-`serve` answers; `udp`, `tcp`, `flows` (both, to several hosts at once), `ping` and `ask` talk to it (or, `ping`, to any
-host) and print one JSON object. They run for `--seconds`, or until SIGTERM or SIGINT, and end with 1 where something was
-lost, damaged or unanswered."""
+`serve` answers; `udp`, `tcp`, `flows` (both, to several hosts at once), `ping` and `ask` talk to it (or,
+`ping`, to any host) and print one JSON object. They run for `--seconds`, or until SIGTERM or SIGINT, and end
+with 1 where something was lost, damaged or unanswered."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ class Counted:
 
 
 class Sender:
-    """Sends numbered packets at a rate until stopped. What the kernel refuses to send counts as sent: it didn't
-    arrive."""
+    """Sends numbered packets at a rate until stopped. What the kernel refuses to send counts as sent: it
+    didn't arrive."""
 
     def __init__(self, flow: int, rate: int, size: int, send: Callable[[bytes], None]) -> None:
         self.sent = 0
@@ -247,8 +247,8 @@ async def udp(
     stop: asyncio.Event,
     started: Callable[[], None] = lambda: None,
 ) -> dict[str, object]:
-    """A flow in both directions; `lost` of each. `complete` is false where the server could not be asked at the end,
-    so that `lost` is not known."""
+    """A flow in both directions; `lost` of each. `complete` is false where the server could not be asked at
+    the end, so that `lost` is not known."""
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     sock = make_udp_socket(family)
     sock.connect(address)

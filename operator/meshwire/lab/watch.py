@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 
 
 async def follow(client: Client, path: str, **params: str) -> AsyncIterator[tuple[str, list[Object]]]:
-    """("LISTED", all objects) after every list, then (ADDED, MODIFIED or DELETED, [object]). An API server that is
-    away is waited for."""
+    """("LISTED", all objects) after every list, then (ADDED, MODIFIED or DELETED, [object]). An API server
+    that is away is waited for."""
     while True:
         try:
             listed = await client.get(path, **params)
