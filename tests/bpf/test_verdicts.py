@@ -612,10 +612,15 @@ def test_counters_count_the_whole_packet(datapath: Datapath) -> None:
     assert (after.packets - before.packets, after.bytes - before.bytes) == (5, 5 * len(data))
 
 
-def test_settings_nobody_wrote_let_everything_pass_that_goes_out(datapath: Datapath) -> None:
+def test_before_settings_are_written_no_address_is_this_nodes(datapath: Datapath) -> None:
+    """Least of all one whose node nobody knows: both have the number 0."""
+    to_pod = p.frame(packet_between("our pod", "pod behind a tunnel", 4))
     datapath.maps.settings.write(SettingsEntry(OFF, 0, 0))
-    data = p.frame(packet_between("our pod", "pod behind a tunnel", 4))
-    check(datapath, TO_NETDEV, data, Reason.CLEAR_ALLOWED)
+    check(datapath, TO_NETDEV, to_pod, Reason.CLEAR_ALLOWED)
+    datapath.maps.settings.write(SettingsEntry(STRICT, 0, 0))
+    check(datapath, TO_NETDEV, to_pod, Reason.DROP_BAD_SOURCE)
+    to_world = packet_between("pod behind a tunnel", "the world", 4)
+    check(datapath, FROM_WIREGUARD, to_world, Reason.DROP_BAD_DESTINATION)
 
 
 class Evaluator:
