@@ -16,7 +16,7 @@ from meshwire.agent import metrics, state
 from meshwire.agent.kernel import Kernel
 from meshwire.agent.loop import Agent, Look, describe, observe_and_plan
 from meshwire.agent.settings import Settings
-from meshwire.agent.watch import KINDS, Watch, World, prune_forever
+from meshwire.agent.watch import KINDS, Watch, World
 from meshwire.encryption import keys, netlink
 from meshwire.kube.client import Client, Cluster
 from meshwire.kube.watching import make_settings, missing_kinds
@@ -104,8 +104,8 @@ async def watch_forever(
         # kopf takes the signals for itself while it runs, and doesn't give them back.
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
-        watch = Watch(settings.node, cluster, follow)
-        prune = asyncio.create_task(prune_forever(watch, client), name="prune")
+        watch = Watch(settings.node, cluster, client, follow)
+        complete = asyncio.create_task(watch.complete(), name="complete")
         try:
             if missing := await missing_kinds(client, KINDS):
                 problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
@@ -116,7 +116,7 @@ async def watch_forever(
         except Exception as error:
             problem = describe(error)
         finally:
-            prune.cancel()
+            complete.cancel()
         if problem != complaint:
             log.warning("can't watch the API server, the node stays as it is: %s", problem)
             complaint = problem

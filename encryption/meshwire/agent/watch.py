@@ -1,10 +1,10 @@
-"""What the API server says, kept as small values by kopf's indexes. Reads only; a change wakes the loop."""
+"""What the API server says, kept as small values. kopf watches, our handlers keep; nothing is written."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
 from typing import Any, Final
@@ -25,18 +25,40 @@ log = logging.getLogger("meshwire.agent")
 PRUNE_DELAY: Final = 5.0
 """Seconds after the first object of a new list: the rest of it has to be in before anything counts as
 gone."""
+RETRY: Final = 2.0
+"""Seconds between attempts to list."""
+
+PATHS: Final = {
+    names.MESHNODES: f"/apis/{names.API_VERSION}/{names.MESHNODES}",
+    names.MESHCONFIGS: f"/apis/{names.API_VERSION}/{names.MESHCONFIGS}",
+    "nodes": "/api/v1/nodes",
+}
+KINDS: Final = frozenset({names.MESHCONFIGS, names.MESHNODES})
+"""Those that a cluster has only once the CRDs are applied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """All objects at one moment. `config` is None where there is no MeshConfig; `config_spec` is what was
-    parsed, to be kept on disk."""
+    parsed, to be kept on disk. `status` is what the API server has of this node's."""
 
     members: Mapping[str, Member] = field(default_factory=dict)
     nodes: Mapping[str, ClusterNode] = field(default_factory=dict)
     config: MeshConfig | InvalidSpec | None = None
     config_spec: Mapping[str, Any] = field(default_factory=dict)
     status: Status | None = None
+
+
+def parse_member(body: Mapping[str, Any]) -> Member:
+    """Raises InvalidSpec."""
+    parsed = MeshNode.from_object({"metadata": body["metadata"], "spec": body.get("spec") or {}})
+    return Member(
+        name=parsed.name,
+        uid=parsed.uid,
+        created=parsed.created,
+        generation=parsed.generation,
+        spec=parsed.spec,
+    )
 
 
 def parse_node(body: Mapping[str, Any]) -> ClusterNode:
@@ -68,82 +90,163 @@ def parse_config(body: Mapping[str, Any]) -> tuple[MeshConfig | InvalidSpec, dic
         return error, spec
 
 
-class Watch:
-    """The API's objects as kopf's indexes hold them. kopf holds events back until every first list is in, so
-    the first snapshot is whole: a peer that is missing from it is gone."""
-
-    def __init__(self, node: str, cluster: Cluster, follow: Callable[[Callable[[], World]], None]) -> None:
-        """`follow` is called on every event, with the way to take a snapshot."""
-        self._follow = follow
-        self._node = node
-        self._indexes: Mapping[str, kopf.Index[str, Any]] | None = None
-        self._gone: frozenset[str] = frozenset()
-        self.relisted = asyncio.Event()
-        """Set when kopf has listed anew, after a watch was lost for too long: it says nothing of what was
-        deleted meanwhile."""
-        self.registry = make_registry(node, cluster, self._event)
-
-    @property
-    def synced(self) -> bool:
-        return self._indexes is not None
-
-    def snapshot(self) -> World:
-        """Only once `synced`."""
-        assert self._indexes is not None
-        statuses = self._latest("statuses")
-        config = self._latest("configs").get(names.CONFIG_NAME)
-        own = statuses.get(self._node)
-        return World(
-            members={name: each.value for name, each in self._latest("members").items()},
-            nodes={name: each.value for name, each in self._latest("nodes").items()},
-            config=config.value[0] if config else None,
-            config_spec=config.value[1] if config else {},
-            status=own.value if own else None,
-        )
-
-    def known(self, index: str) -> frozenset[str]:
-        """UIDs."""
-        return frozenset(each.uid for store in (self._indexes or {})[index].values() for each in store)
-
-    def forget(self, uids: frozenset[str]) -> None:
-        """These objects are gone. A UID never comes back."""
-        self._gone |= uids
-        self._follow(self.snapshot)
-
-    def _latest(self, index: str) -> dict[str, _Kept]:
-        """By name. Where an object was made anew while we didn't watch, the old one may still be there."""
-        assert self._indexes is not None
-        found = {}
-        for name, store in self._indexes[index].items():
-            if alive := [each for each in store if each.uid not in self._gone]:
-                found[name] = max(alive, key=lambda each: each.created)
-        return found
-
-    def _event(self, type: str | None, indexes: Mapping[str, Any]) -> None:
-        if type is None and self._indexes is not None:
-            self.relisted.set()
-        self._indexes = indexes
-        self._follow(self.snapshot)
+def parse_status(body: Mapping[str, Any]) -> Status:
+    try:
+        return MeshNode.from_object({"status": body.get("status") or {}}).status
+    except InvalidSpec:
+        return Status()
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What an index keeps of an object."""
+    """What is kept of an object."""
 
-    uid: str
+    name: str
     created: str
     value: Any
 
 
-def _kept(body: Mapping[str, Any], value: Any) -> dict[str, _Kept]:
-    metadata = body["metadata"]
-    return {metadata["name"]: _Kept(metadata.get("uid", ""), metadata.get("creationTimestamp", ""), value)}
+class Store:
+    """What is known of each resource's objects, by UID, and whether that is everything.
+
+    An event handler's view has two gaps. It doesn't say when the first list is in; kopf's indexes would, but
+    hold every object whole until the last one is there: a thousand Nodes, 100 MB. And where a watch was away
+    for too long and kopf lists anew, it doesn't say what was deleted meanwhile. A list of UIDs alone closes
+    both."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._objects: dict[str, dict[str, _Kept]] = {resource: {} for resource in PATHS}
+        self._status: Status | None = None
+        self._missing: dict[str, frozenset[str]] = {}
+        self._deleted: set[str] = set()
+
+    @property
+    def complete(self) -> bool:
+        """A peer that is missing from the snapshot is gone."""
+        return self._missing.keys() == PATHS.keys() and not any(self._missing.values())
+
+    def put(self, resource: str, body: Mapping[str, Any]) -> None:
+        metadata = body["metadata"]
+        uid, name, created = metadata["uid"], metadata["name"], metadata.get("creationTimestamp", "")
+        if resource == names.MESHNODES and name == self._node:
+            self._status = parse_status(body)
+        try:
+            value = _PARSE[resource](body)
+        except InvalidSpec as error:
+            log.warning("%s %s is malformed, its last good form stays: %s", resource, name, error)
+        else:
+            kept = self._objects[resource].get(uid)
+            # An equal value stays the same object: comparing two snapshots is then a matter of identities.
+            if kept is None or kept.value != value:
+                self._objects[resource][uid] = _Kept(name, created, value)
+        self._seen(resource, uid)
+
+    def remove(self, resource: str, body: Mapping[str, Any]) -> None:
+        uid = body["metadata"]["uid"]
+        self._objects[resource].pop(uid, None)
+        self._deleted.add(uid)
+        self._seen(resource, uid)
+
+    def known(self, resource: str) -> frozenset[str]:
+        """UIDs."""
+        return frozenset(self._objects[resource])
+
+    def reconcile(self, resource: str, before: frozenset[str], there: frozenset[str]) -> None:
+        """`there` are the UIDs that a list has, `before` those that were known when it was asked for."""
+        if gone := before - there:
+            log.info("%d %s were deleted while nobody watched", len(gone), resource)
+        for uid in gone:
+            self._objects[resource].pop(uid, None)
+        self._missing[resource] = there - self._objects[resource].keys() - self._deleted
+        self._deleted.clear()
+
+    def snapshot(self) -> World:
+        config = self._latest(names.MESHCONFIGS).get(names.CONFIG_NAME)
+        members = self._latest(names.MESHNODES)
+        return World(
+            members=members,
+            nodes=self._latest("nodes"),
+            config=config[0] if config else None,
+            config_spec=config[1] if config else {},
+            status=self._status if self._node in members else None,
+        )
+
+    def _seen(self, resource: str, uid: str) -> None:
+        if missing := self._missing.get(resource):
+            self._missing[resource] = missing - {uid}
+
+    def _latest(self, resource: str) -> dict[str, Any]:
+        """By name. Where an object was made anew while nobody watched, the old one may still be there."""
+        found: dict[str, _Kept] = {}
+        for kept in self._objects[resource].values():
+            if kept.name not in found or found[kept.name].created < kept.created:
+                found[kept.name] = kept
+        return {name: kept.value for name, kept in found.items()}
+
+
+_PARSE: Final[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
+    names.MESHNODES: parse_member,
+    names.MESHCONFIGS: parse_config,
+    "nodes": parse_node,
+}
+
+
+class Watch:
+    """One run of kopf: its handlers fill a Store. `follow` is called with the way to take a snapshot, first
+    when the Store is complete, then for every event."""
+
+    def __init__(
+        self, node: str, cluster: Cluster, client: Client, follow: Callable[[Callable[[], World]], None]
+    ) -> None:
+        self._client = client
+        self._follow = follow
+        self._store = Store(node)
+        self._listed = asyncio.Event()
+        self._started = False
+        self.registry = make_registry(cluster, self._event)
+
+    async def complete(self) -> None:
+        """Lists UIDs at the start, and whenever kopf lists anew. For ever."""
+        while True:
+            await self._list(PATHS)
+            self._listed.clear()
+            await self._listed.wait()
+            await asyncio.sleep(PRUNE_DELAY)
+
+    async def _list(self, resources: Iterable[str]) -> None:
+        for resource in resources:
+            while True:
+                before = self._store.known(resource)
+                try:
+                    there = await self._client.uids(PATHS[resource])
+                    break
+                except (aiohttp.ClientError, TimeoutError, ApiError) as error:
+                    log.warning("can't list %s, trying again: %s", resource, error)
+                    await asyncio.sleep(RETRY)
+            self._store.reconcile(resource, before, there)
+        self._changed()
+
+    def _event(self, resource: str, type: str | None, body: Mapping[str, Any]) -> None:
+        if type == "DELETED":
+            self._store.remove(resource, body)
+        else:
+            self._store.put(resource, body)
+        if type is None and self._started:
+            self._listed.set()
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._store.complete:
+            self._started = True
+        if self._started:
+            self._follow(self._store.snapshot)
 
 
 def make_registry(
-    node: str, cluster: Cluster, event: Callable[[str | None, Mapping[str, Any]], None]
+    cluster: Cluster, event: Callable[[str, str | None, Mapping[str, Any]], None]
 ) -> kopf.OperatorRegistry:
-    """Handlers that index and then call `event` with its type and the indexes."""
+    """Handlers that call `event` with the resource, the event's type (None while listing) and the object."""
     # Not the smart registry of `@kopf.on` without one: that imports the official client for its login.
     registry = kopf.OperatorRegistry()
 
@@ -151,71 +254,20 @@ def make_registry(
     async def log_in(**_: Any) -> kopf.ConnectionInfo:
         return await login(cluster)
 
-    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="members", registry=registry)
-    def members(body: kopf.Body, **_: Any) -> Mapping[str, _Kept] | None:
-        metadata = dict(body["metadata"])
-        try:
-            parsed = MeshNode.from_object({"metadata": metadata, "spec": dict(body.get("spec") or {})})
-        except InvalidSpec as error:
-            log.warning("MeshNode %s is malformed, its last good form stays: %s", metadata["name"], error)
-            return None
-        member = Member(
-            name=parsed.name,
-            uid=parsed.uid,
-            created=parsed.created,
-            generation=parsed.generation,
-            spec=parsed.spec,
-        )
-        return _kept(body, member)
-
-    @kopf.index(names.GROUP, names.VERSION, names.MESHNODES, id="statuses", registry=registry)
-    def statuses(body: kopf.Body, **_: Any) -> Mapping[str, _Kept]:
-        if body["metadata"]["name"] != node:
-            return {}
-        try:
-            return _kept(body, MeshNode.from_object({"status": dict(body.get("status") or {})}).status)
-        except InvalidSpec:
-            return _kept(body, Status())
-
-    @kopf.index("", "v1", "nodes", id="nodes", registry=registry)
-    def nodes(body: kopf.Body, **_: Any) -> Mapping[str, _Kept]:
-        return _kept(body, parse_node(body))
-
-    @kopf.index(names.GROUP, names.VERSION, names.MESHCONFIGS, id="configs", registry=registry)
-    def configs(body: kopf.Body, **_: Any) -> Mapping[str, _Kept]:
-        return _kept(body, parse_config(body))
-
+    # Coroutines, though they wait for nothing: kopf runs plain functions in threads.
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHNODES, registry=registry)
+    async def meshnode(type: str | None, event: kopf.RawEvent, **_: Any) -> None:
+        handle(names.MESHNODES, type, event)
+
     @kopf.on.event(names.GROUP, names.VERSION, names.MESHCONFIGS, registry=registry)
+    async def meshconfig(type: str | None, event: kopf.RawEvent, **_: Any) -> None:
+        handle(names.MESHCONFIGS, type, event)
+
     @kopf.on.event("", "v1", "nodes", registry=registry)
-    def changed(type: str | None, **kwargs: Any) -> None:
-        event(type, {name: kwargs[name] for name in ("members", "statuses", "nodes", "configs")})
+    async def node(type: str | None, event: kopf.RawEvent, **_: Any) -> None:
+        handle("nodes", type, event)
+
+    def handle(resource: str, type: str | None, raw: kopf.RawEvent) -> None:
+        event(resource, type, raw["object"])
 
     return registry
-
-
-KINDS: Final = frozenset({names.MESHCONFIGS, names.MESHNODES})
-RESOURCES: Final = {
-    "members": f"/apis/{names.API_VERSION}/{names.MESHNODES}",
-    "nodes": "/api/v1/nodes",
-}
-"""Index to path, of the objects whose deletion must not be missed."""
-
-
-async def prune_forever(watch: Watch, client: Client) -> None:
-    """After every new list, asks for the UIDs there are, and forgets what is gone."""
-    while True:
-        await watch.relisted.wait()
-        await asyncio.sleep(PRUNE_DELAY)
-        watch.relisted.clear()
-        for index, path in RESOURCES.items():
-            known = watch.known(index)
-            try:
-                there = await client.uids(path)
-            except (aiohttp.ClientError, TimeoutError, ApiError) as error:
-                log.warning("can't list %s, trying again: %s", path, error)
-                watch.relisted.set()
-                continue
-            if gone := known - there:
-                log.info("%d %s are gone", len(gone), path.rpartition("/")[2])
-                watch.forget(gone)
