@@ -27,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A lab in a directory of its own: one that a person has up stays as it is, and is refused beside."""
     lab = Lab(tmp_path_factory.mktemp("lab"))
-    lab.up(Settings())
     try:
+        lab.up(Settings())
         yield lab
     finally:
         lab.down()
