@@ -14,12 +14,13 @@ def main() -> int:
     # kopf imports the official client to recognise its classes, wherever that is installed: 20 MB which an
     # agent on every node does without. So this comes before anything imports kopf.
     sys.modules["kubernetes"] = None  # type: ignore[assignment]
-    from meshwire.agent import daemon, logs
+    from meshwire.agent import daemon, logs, memory
     from meshwire.agent.settings import InvalidEnvironment, read_settings
     from meshwire.encryption.keys import KeyRefused
     from meshwire.kube.client import NoCluster, find_cluster
 
     logs.configure()
+    memory.configure()
     try:
         work = daemon.preview if arguments.dry_run else daemon.run
         asyncio.run(work(read_settings(), find_cluster()))
