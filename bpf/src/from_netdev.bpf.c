@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Attached to the ingress of every device through which pod traffic can reach the node: refuses, or counts, what
- * arrives in clear and should have come through a tunnel. */
+/* Attached to the ingress of every device through which pod traffic can reach the node: refuses, or
+ * counts, what arrives in clear and should have come through a tunnel. */
 #include <meshwire/encapsulation.h>
 #include <meshwire/finish.h>
 #include <meshwire/verdict.h>

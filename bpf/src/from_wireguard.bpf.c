@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Attached to the ingress of the WireGuard devices, which have no L2 header: what comes through a tunnel is from a pod
- * or address of another node, for one of this node. */
+/* Attached to the ingress of the WireGuard devices, which have no L2 header: what comes through a tunnel
+ * is from a pod or address of another node, for one of this node. */
 #include <meshwire/finish.h>
 #include <meshwire/verdict.h>
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Attached to the egress of every device through which pod traffic can leave the node: sends it into the tunnel of its
- * destination's node, and refuses, or counts, what would leave in clear. */
+/* Attached to the egress of every device through which pod traffic can leave the node: sends it into the
+ * tunnel of its destination's node, and refuses, or counts, what would leave in clear. */
 #include <linux/udp.h>
 
 #include <meshwire/encapsulation.h>
@@ -9,8 +9,8 @@
 #include <meshwire/mss.h>
 #include <meshwire/verdict.h>
 
-/* The largest IP packet that the wire would see of this: of a batch of segments (GSO) one. A tunnel inside of the batch is
- * not accounted for; WireGuard's own packets would be fragmented then. */
+/* The largest IP packet that the wire would see of this: of a batch of segments (GSO) one. A tunnel
+ * inside of the batch is not accounted for; WireGuard's own packets would be fragmented then. */
 static __always_inline __u32 largest_packet(struct __sk_buff *skb, const struct mw_packet *packet)
 {
 	__u32 headers = packet->l4 - packet->l3;
@@ -27,8 +27,9 @@ static __always_inline __u32 largest_packet(struct __sk_buff *skb, const struct 
 
 /* Redirects into the tunnel. The packet may not fit it:
  *  - IPv4 that may be fragmented goes in as it is, and WireGuard's own packet is fragmented;
- *  - anything else is answered with an ICMP error, and dropped. While the cluster is cutting over (MW_PASS_OVERSIZED)
- *    it goes in as well: the connection began when the larger packets fitted, and must lose none. */
+ *  - anything else is answered with an ICMP error, and dropped. While the cluster is cutting over
+ *    (MW_PASS_OVERSIZED) it goes in as well: the connection began when the larger packets fitted, and
+ *    must lose none. */
 static __always_inline int send_by_tunnel(struct __sk_buff *skb, struct mw_packet *packet,
 					  const struct mw_settings *config, __u32 tunnel)
 {

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* Never loaded: makes the compiler describe every type in types.h, which it leaves out where no code refers to one. */
+/* Never loaded: makes the compiler describe every type in types.h, which it leaves out where no code
+ * refers to one. */
 #include <linux/types.h>
 
 #include <meshwire/types.h>

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* What a CNI's overlay carries: the packet inside of VXLAN, Geneve, IPIP and its IPv6 relatives. One level deep, and on
- * the ports that CNIs use. */
+/* What a CNI's overlay carries: the packet inside of VXLAN, Geneve, IPIP and its IPv6 relatives. One
+ * level deep, and on the ports that CNIs use. */
 #pragma once
 
 #include <meshwire/parse.h>
@@ -25,8 +25,8 @@ struct mw_udp_tunnel {
 	__be32 vni;
 };
 
-/* MW_NOT_IP where `outer` carries no other packet. Later fragments pass for that: without the first one, whose headers
- * are judged, nobody can put them together. */
+/* MW_NOT_IP where `outer` carries no other packet. Later fragments pass for that: without the first one,
+ * whose headers are judged, nobody can put them together. */
 static __always_inline int parse_encapsulated(struct __sk_buff *skb, struct mw_packet *outer,
 					      struct mw_packet *inner)
 {

@@ -5,8 +5,8 @@
 #include <meshwire/maps.h>
 #include <meshwire/parse.h>
 
-/* How much of the packet the error quotes, IP header included: enough for 60 bytes of IPv4 header or a few of IPv6's
- * extensions, and the transport header. A multiple of four, for the checksum. */
+/* How much of the packet the error quotes, IP header included: enough for 60 bytes of IPv4 header or a
+ * few of IPv6's extensions, and the transport header. A multiple of four, for the checksum. */
 #define MW_ICMP_QUOTE 128
 /* Room made in front of the error, see answer_too_big. */
 #define MW_ICMP_SHIFT 512
@@ -159,12 +159,13 @@ static __always_inline int write_icmp6(struct __sk_buff *skb, const struct mw_pa
 	return bpf_skb_store_bytes(skb, packet->l3, error, sizeof(*error), BPF_F_INVALIDATE_HASH);
 }
 
-/* Makes the ICMP error out of the packet itself, from the packet's destination to its source. Negative where that failed
- * and the packet is damaged.
+/* Makes the ICMP error out of the packet itself, from the packet's destination to its source. Negative
+ * where that failed and the packet is damaged.
  *
- * change_tail cuts the packet and strips what it says of segmentation; adjust_room then takes MW_ICMP_SHIFT bytes from its
- * front. That moves skb->data past the place where a checksum was still to be written (CHECKSUM_PARTIAL, as pods' packets
- * have it), whereupon the kernel forgets it: otherwise some device would write that checksum into the error. */
+ * change_tail cuts the packet and strips what it says of segmentation; adjust_room then takes
+ * MW_ICMP_SHIFT bytes from its front. That moves skb->data past the place where a checksum was still to
+ * be written (CHECKSUM_PARTIAL, as pods' packets have it), whereupon the kernel forgets it: otherwise
+ * some device would write that checksum into the error. */
 static __always_inline int answer_too_big(struct __sk_buff *skb, const struct mw_packet *packet, __u16 mtu)
 {
 	union {

@@ -40,8 +40,8 @@ struct {
 	__type(value, struct mw_counter);
 } metrics SEC(".maps");
 
-/* How many ICMP errors this CPU has sent since `since` (bpf_ktime_get_ns). Pinned like the rest although no agent reads
- * it: a program loaded twice must use the same maps to be recognised as the same. */
+/* How many ICMP errors this CPU has sent since `since` (bpf_ktime_get_ns). Pinned like the rest although
+ * no agent reads it: a program loaded twice must use the same maps to be recognised as the same. */
 struct mw_icmp_budget {
 	__u64 since;
 	__u64 sent;

@@ -37,7 +37,8 @@ static __always_inline __u32 tcp_header_length(struct __sk_buff *skb, const stru
 	return (flags->offset >> 4) * 4;
 }
 
-/* True if the packet's MSS was lowered. Leaves anything odd alone: what then proves too big is answered by ICMP. */
+/* True if the packet's MSS was lowered. Leaves anything odd alone: what then proves too big is answered
+ * by ICMP. */
 static __always_inline bool clamp_mss(struct __sk_buff *skb, const struct mw_packet *packet, __u16 mtu)
 {
 	const __u32 headers = (packet->family == MW_IPV6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr)) +

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* From bytes to a mw_packet. Everything is read through bpf_skb_load_bytes: it checks bounds, reaches data outside of the
- * linear part, and leaves no packet pointers that a helper could invalidate. Functions return a negative number where
- * the packet is too short or says the impossible. */
+/* From bytes to a mw_packet. Everything is read through bpf_skb_load_bytes: it checks bounds, reaches
+ * data outside of the linear part, and leaves no packet pointers that a helper could invalidate.
+ * Functions return a negative number where the packet is too short or says the impossible. */
 #pragma once
 
 #include <stdbool.h>
@@ -107,8 +107,8 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, struc
 	return MW_IP;
 }
 
-/* Moves l4 and protocol of an IPv6 packet past its extension headers. Only callers that need the transport header pay
- * for this; the decision hangs on addresses alone. */
+/* Moves l4 and protocol of an IPv6 packet past its extension headers. Only callers that need the
+ * transport header pay for this; the decision hangs on addresses alone. */
 static __always_inline void parse_extension_headers(struct __sk_buff *skb, struct mw_packet *packet)
 {
 	int i;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The contract between the TC programs and user space. meshwire.bpf.layouts mirrors every struct and enum here;
- * tests/bpf compares the two by BTF. Multi-byte fields are in host byte order unless their type says __be. */
+/* The contract between the TC programs and user space. meshwire.bpf.layouts mirrors every struct and enum
+ * here; tests/bpf compares the two by BTF. Multi-byte fields are in host byte order unless their type
+ * says __be. */
 #pragma once
 
 #define MW_MAX_PREFIXES 131072
@@ -13,8 +14,8 @@ enum mw_family {
 	MW_IPV6 = 6,
 };
 
-/* Key of `ipcache`. The family is part of the prefix, so the two families share one trie and never match each
- * other: prefixlen counts the 32 bits of the family word too (10.1.0.0/16 is 48). */
+/* Key of `ipcache`. The family is part of the prefix, so the two families share one trie and never match
+ * each other: prefixlen counts the 32 bits of the family word too (10.1.0.0/16 is 48). */
 struct mw_prefix {
 	__u32 prefixlen;
 	__u8 family; /* enum mw_family */
@@ -42,7 +43,7 @@ struct mw_node {
 enum mw_settings_flags {
 	MW_STRICT = 1 << 0, /* drop plaintext between pods of different nodes, both directions */
 	MW_ENFORCING = 1 << 1, /* encryption is in force: plaintext between pods counts as leaked, dropped or not */
-	MW_PASS_OVERSIZED = 1 << 2, /* cutting over: an oversized DF packet gets its ICMP error and still goes through */
+	MW_PASS_OVERSIZED = 1 << 2, /* cutting over: an oversized DF packet is answered and still goes through */
 };
 
 /* The one value of `settings`. */
@@ -78,7 +79,8 @@ enum mw_reason {
 	MW_DROP_MALFORMED = 133, /* truncated or impossible IP header on a path where it cannot be judged */
 	MW_DROP_ENCAPSULATED = 134, /* strict: pod traffic inside VXLAN, Geneve or IPIP on its way out in clear */
 	MW_DROP_BAD_DESTINATION = 135, /* came through a tunnel for an address that is not this node's */
-	MW_DROP_NO_SUCH_POD = 136, /* strict: for a pod address of this node that no pod has, on its way back to the wire */
+	MW_DROP_NO_SUCH_POD = 136, /* strict: for a pod address of this node that no pod has, on its way back to
+				    * the wire */
 	MW_CLEAR_ARRIVED = 8, /* Permissive: came in clear although encryption is in force */
 	MW_REASONS = 137,
 };

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
-/* The decisions: addresses and settings in, a reason out. Nothing here touches the packet. tests/bpf has the same rules
- * in slow, obvious Python and compares. */
+/* The decisions: addresses and settings in, a reason out. Nothing here touches the packet. tests/bpf has
+ * the same rules in slow, obvious Python and compares. */
 #pragma once
 
 #include <meshwire/maps.h>
@@ -61,16 +61,17 @@ static __always_inline enum mw_reason unreadable_verdict(const struct mw_setting
 /* A packet on its way out of the node. The first that applies:
  *
  *  1. To an address nobody knows: not ours. To one of this node,
- *     a. from a pod address or a node's own, to a pod: in clear (strict: dropped, NO_SUCH_POD). Pods of this node are not
- *        reached by way of the wire, so no pod has that address, or not yet; the CNI has no route for it, and the
- *        default route would send what a tunnel has just brought back out, for all to read.
+ *     a. from a pod address or a node's own, to a pod: in clear (strict: dropped, NO_SUCH_POD). Pods of
+ *        this node are not reached by way of the wire, so no pod has that address, or not yet; the CNI
+ *        has no route for it, and the default route would send what a tunnel has just brought back out,
+ *        for all to read.
  *     b. anything else: not ours.
  *  2. To a pod of another node,
  *     a. from a pod of this node: by tunnel; there is none: in clear (strict: dropped, NO_TUNNEL).
- *     b. from this node's own address: by tunnel; there is none: in clear, CLEAR_HOST. Traffic of nodes is not promised, and
- *        dropping it could lock us out of the node.
- *     c. from another pod address: in clear (strict: dropped, BAD_SOURCE). Not ours to encrypt: the peer takes nothing
- *        from us but our own addresses.
+ *     b. from this node's own address: by tunnel; there is none: in clear, CLEAR_HOST. Traffic of nodes
+ *        is not promised, and dropping it could lock us out of the node.
+ *     c. from another pod address: in clear (strict: dropped, BAD_SOURCE). Not ours to encrypt: the peer
+ *        takes nothing from us but our own addresses.
  *     d. from another node's own address: CLEAR_HOST.
  *     e. from anywhere else, e.g. a client of a NodePort: not ours.
  *  3. To another node's own address,
@@ -81,13 +82,14 @@ static __always_inline enum mw_reason unreadable_verdict(const struct mw_setting
  *     a. from a pod address, whoever's: in clear (strict: dropped, UNKNOWN_NODE).
  *     b. from anywhere else: not ours.
  *
- * In clear: CLEAR_LEAKED while encryption is in force, else CLEAR_ALLOWED. What ends as NOT_OURS or CLEAR_HOST is also
- * judged by what it carries: encapsulated_egress_verdict.
+ * In clear: CLEAR_LEAKED while encryption is in force, else CLEAR_ALLOWED. What ends as NOT_OURS or
+ * CLEAR_HOST is also judged by what it carries: encapsulated_egress_verdict. So what leaves in clear by an
+ * overlay counts there and once more at the uplink.
  *
- * A frame with a VLAN tag before its IP header has no tunnel (`redirectable` false): the kernel would hand it over with
- * the tag. On MW_ENCRYPTED, `tunnel` is the ifindex of the device. */
-static __always_inline enum mw_reason egress_verdict(const struct mw_settings *config, const struct mw_packet *packet,
-						     __u32 *tunnel)
+ * A frame with a VLAN tag before its IP header has no tunnel (`redirectable` false): the kernel would
+ * hand it over with the tag. On MW_ENCRYPTED, `tunnel` is the ifindex of the device. */
+static __always_inline enum mw_reason egress_verdict(const struct mw_settings *config,
+						     const struct mw_packet *packet, __u32 *tunnel)
 {
 	const bool redirectable = !packet->tagged;
 	struct mw_address dst = address_lookup(&packet->dst);
@@ -134,8 +136,9 @@ static __always_inline enum mw_reason egress_verdict(const struct mw_settings *c
 	return MW_NOT_OURS; /* 4b */
 }
 
-/* The packet that an overlay's packet carries out of the node; it should have been redirected at the overlay's device. In clear
- * (strict: dropped, ENCAPSULATED) where both ends are pod addresses and not of one and the same node. */
+/* The packet that an overlay's packet carries out of the node; it should have been redirected at the
+ * overlay's device. In clear (strict: dropped, ENCAPSULATED) where both ends are pod addresses and not of
+ * one and the same node. */
 static __always_inline enum mw_reason encapsulated_egress_verdict(const struct mw_settings *config,
 								  const struct mw_packet *inner)
 {
@@ -150,14 +153,17 @@ static __always_inline enum mw_reason encapsulated_egress_verdict(const struct m
 	return clear_verdict(config, MW_DROP_ENCAPSULATED);
 }
 
-/* A packet that came in by an uplink or overlay, or inside of an overlay's packet. The first that applies:
+/* A packet that came in by an uplink or overlay, or inside of an overlay's packet. The first that
+ * applies:
  *
- *  1. From a pod of another node or a cluster address of no known node, to a pod of this node or a cluster address of no
- *     known node: it should have come through a tunnel. Strict: dropped, CLEAR_ARRIVED; else it counts as
- *     CLEAR_ARRIVED while encryption is in force, as CLEAR_ALLOWED otherwise.
+ *  1. From a pod of another node or a cluster address of no known node, to a pod of this node or a
+ *     cluster address of no known node: it should have come through a tunnel. Strict: dropped,
+ *     CLEAR_ARRIVED; else it counts as CLEAR_ARRIVED while encryption is in force, as CLEAR_ALLOWED
+ *     otherwise.
  *  2. Between a pod and a node's own address, not both of one node: CLEAR_HOST.
  *  3. Anything else: not ours. */
-static __always_inline enum mw_reason ingress_verdict(const struct mw_settings *config, const struct mw_packet *packet)
+static __always_inline enum mw_reason ingress_verdict(const struct mw_settings *config,
+						      const struct mw_packet *packet)
 {
 	struct mw_address src = address_lookup(&packet->src);
 	struct mw_address dst;
@@ -178,13 +184,15 @@ static __always_inline enum mw_reason ingress_verdict(const struct mw_settings *
 	return MW_NOT_OURS; /* 3 */
 }
 
-/* A packet that came through a tunnel. WireGuard has checked that the sender is the peer whose AllowedIPs hold the source;
- * this holds even while the agent is changing those, or somebody else did:
+/* A packet that came through a tunnel. WireGuard has checked that the sender is the peer whose AllowedIPs
+ * hold the source; this holds even while the agent is changing those, or somebody else did:
  *
  *  1. The source is no address of another node: dropped, BAD_SOURCE.
  *  2. The destination is no address of this node: dropped, BAD_DESTINATION.
- *  3. Anything else passes. The ICMP errors that mw_to_netdev answers with take this way too, and count as DECRYPTED. */
-static __always_inline enum mw_reason tunnel_verdict(const struct mw_settings *config, const struct mw_packet *packet)
+ *  3. Anything else passes. The ICMP errors that mw_to_netdev answers with take this way too, and count
+ *     as DECRYPTED. */
+static __always_inline enum mw_reason tunnel_verdict(const struct mw_settings *config,
+						     const struct mw_packet *packet)
 {
 	if (!is_remote(config, address_lookup(&packet->src)))
 		return MW_DROP_BAD_SOURCE;
