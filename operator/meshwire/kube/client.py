@@ -168,7 +168,8 @@ class Client:
         params = {"limit": "500"}
         while True:
             page = await self.request("GET", path, params=params, accept=METADATA_LIST)
-            found.update(item["metadata"]["uid"] for item in page["items"])
+            # An empty list of metadata alone has null for its items.
+            found.update(item["metadata"]["uid"] for item in page["items"] or ())
             if not (token := page["metadata"].get("continue")):
                 return frozenset(found)
             params["continue"] = token
