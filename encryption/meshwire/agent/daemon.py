@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from importlib.metadata import version
 
 import kopf
@@ -32,19 +31,36 @@ async def run(settings: Settings, cluster: Cluster) -> None:
     sealing_key = keys.find_or_create_sealing_key(settings.sealing_key_file)
     async with Client(cluster) as client, asyncio.TaskGroup() as tasks:
         agent = Agent(settings, Kernel(settings), client, sealing_key)
-        loop = asyncio.get_running_loop()
         runner = await metrics.serve(agent.health, *settings.metrics_address)
         work = tasks.create_task(_despite_kopf(lambda: agent.run(version("meshwire"))), name="loop")
-        with contextlib.closing(netlink.open_monitor()) as monitor:
-            loop.add_reader(monitor, _drain, monitor, agent)
+        with woken_by_kernel(agent):
             try:
                 await watch_forever(settings, cluster, client, agent.follow)
             finally:
-                loop.remove_reader(monitor)
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
                 await runner.cleanup()
                 agent.close()
+
+
+@contextlib.contextmanager
+def woken_by_kernel(agent: Agent) -> Iterator[None]:
+    """Wakes the agent whenever a link, address, route or filter changes. Raises OSError."""
+
+    def drain() -> None:
+        # Lost messages (ENOBUFS) are as good as any other reason to look again.
+        with contextlib.suppress(OSError):
+            while monitor.recv(65536):
+                pass
+        agent.wake()
+
+    loop = asyncio.get_running_loop()
+    with contextlib.closing(netlink.open_monitor()) as monitor:
+        loop.add_reader(monitor, drain)
+        try:
+            yield
+        finally:
+            loop.remove_reader(monitor)
 
 
 async def preview(settings: Settings, cluster: Cluster) -> None:
@@ -93,6 +109,12 @@ def _look_once(settings: Settings, world: World) -> Look:
         )
 
 
+def _tell(task: asyncio.Task[None]) -> None:
+    """A task that nobody waits for must not fail in silence."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("%s ended: %s", task.get_name(), describe(error))
+
+
 async def watch_forever(
     settings: Settings, cluster: Cluster, client: Client, follow: Callable[[Callable[[], World]], None]
 ) -> None:
@@ -110,6 +132,7 @@ async def watch_forever(
             if missing := await missing_kinds(client, KINDS):
                 problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
             else:
+                complete.add_done_callback(_tell)
                 await kopf.operator(registry=watch.registry, settings=make_settings(), clusterwide=True)
                 # It returns when a signal came.
                 return
@@ -123,10 +146,3 @@ async def watch_forever(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(RESTART_SECONDS):
                 await stop.wait()
-
-
-def _drain(monitor: socket.socket, agent: Agent) -> None:
-    with contextlib.suppress(BlockingIOError, OSError):
-        while monitor.recv(65536):
-            pass
-    agent.wake()

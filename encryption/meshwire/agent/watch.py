@@ -120,6 +120,7 @@ class Store:
         self._status: Status | None = None
         self._missing: dict[str, frozenset[str]] = {}
         self._deleted: set[str] = set()
+        self._malformed: set[str] = set()
 
     @property
     def complete(self) -> bool:
@@ -135,6 +136,7 @@ class Store:
             value = _PARSE[resource](body)
         except InvalidSpec as error:
             log.warning("%s %s is malformed, its last good form stays: %s", resource, name, error)
+            self._malformed.add(uid)
         else:
             kept = self._objects[resource].get(uid)
             # An equal value stays the same object: comparing two snapshots is then a matter of identities.
@@ -158,7 +160,7 @@ class Store:
             log.info("%d %s were deleted while nobody watched", len(gone), resource)
         for uid in gone:
             self._objects[resource].pop(uid, None)
-        self._missing[resource] = there - self._objects[resource].keys() - self._deleted
+        self._missing[resource] = there - self._objects[resource].keys() - self._deleted - self._malformed
         self._deleted.clear()
 
     def snapshot(self) -> World:
