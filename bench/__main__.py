@@ -97,12 +97,12 @@ def main(chosen: list[str]) -> int:
             if isinstance(answer, dict):
                 measured["details"] = answer
             for figure in figures:
-                value = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:.3g}"
-                table.add_row(figure.name, value, figure.unit, figure.spread, figure.goal)
+                table.add_row(figure.name, _short(figure), figure.unit, figure.spread, figure.goal)
         except isolated.Failed as error:
             failed = True
             measured["problem"] = str(error)
-            table.add_row(Text(str(error), style="red"))
+            # The last line of a traceback says what, the rest is in the file.
+            table.add_row(Text(str(error).splitlines()[-1], style="red"))
         measured["seconds"] = round(time.monotonic() - began, 1)
         result["parts"][name] = measured
         console.print(f"{part.title}: {measured['seconds']} s")
@@ -113,6 +113,12 @@ def main(chosen: list[str]) -> int:
         f"written to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}"
     )
     return 1 if failed else 0
+
+
+def _short(figure: Figure) -> str:
+    if figure.unit == "ratio":
+        return f"{figure.value:.3f}"
+    return f"{figure.value:,.0f}" if figure.value >= 100 else f"{figure.value:.3g}"
 
 
 def _machine() -> dict[str, Any]:
