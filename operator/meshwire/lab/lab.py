@@ -412,8 +412,8 @@ class Lab:
         wanted = {CONTROL_NETNS, UNDERLAY_NETNS, *(f"mw-node{i}" for i in range(1, settings.nodes + 1))}
         if taken := wanted & set(network.list_netns()):
             raise LabError(
-                f"network namespaces {', '.join(sorted(taken))} are there, but no lab is in {self.paths.root}:"
-                " is another one up? (MESHWIRE_LAB_DIR)"
+                f"network namespaces {', '.join(sorted(taken))} are there, but no lab is in"
+                f" {self.paths.root}: is another one up? (MESHWIRE_LAB_DIR)"
             )
 
     def _begin(self, settings: Settings) -> State:
@@ -427,6 +427,8 @@ class Lab:
             made_netns_mount=made_mount,
         )
         self._write_state(state)
+        # It may have been there, empty, with other rights; private keys are going to be in it.
+        self.paths.root.chmod(0o700)
         for directory in (self.paths.pki, self.paths.logs, self.paths.processes):
             directory.mkdir()
         network.NODE_STATE.mkdir(parents=True, exist_ok=True)
