@@ -27,7 +27,7 @@ from meshwire.api.meshnode import Phase, Status
 from meshwire.bpf import loader, tc
 from meshwire.bpf.layouts import Reason
 from meshwire.encryption import keys, report
-from meshwire.encryption.desired import Inputs, desired, judge_config
+from meshwire.encryption.desired import WIREGUARD_UNAVAILABLE, Inputs, desired, judge_config
 from meshwire.encryption.model import (
     Desired,
     HeldKey,
@@ -46,6 +46,8 @@ RESYNC: Final = 30.0
 """Seconds between looks at the kernel when nothing has happened."""
 HANDSHAKE_POLL: Final = 0.2
 """Seconds between looks while a peer waits for its first handshake, of which nobody tells us."""
+WIREGUARD_POLL: Final = 2.0
+"""Seconds between looks for a WireGuard where there is none."""
 SETTLE: Final = 0.02
 """Seconds that further events have to join one that has come."""
 COUNTERS_EVERY: Final = 10.0
@@ -212,6 +214,11 @@ class Agent:
             self._stale |= Part.WIREGUARD
             # With thousands of peers a look takes longer: leave most of the time to others.
             delay = min(delay, max(HANDSHAKE_POLL, 4 * self.health.seconds))
+        if outcome.desired and any(
+            each.reason == WIREGUARD_UNAVAILABLE for each in outcome.desired.problems
+        ):
+            # Nobody tells us of a supervisor that starts, or of a module that was installed.
+            delay = min(delay, WIREGUARD_POLL)
         return delay
 
     async def _converge_in_thread(self, world: World, problems: tuple[Problem, ...], stale: Part) -> Outcome:
@@ -413,7 +420,7 @@ def problem_of(error: Exception, doing: str) -> Problem:
         case tc.Conflict():
             return Problem("FilterConflict", str(error))
         case CannotStart():
-            return Problem("WireGuardUnavailable", str(error))
+            return Problem(WIREGUARD_UNAVAILABLE, str(error))
         case _:
             return Problem("ApplyFailed", f"{doing}: {describe(error)}")
 

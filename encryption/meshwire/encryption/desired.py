@@ -40,6 +40,8 @@ TUNNEL_OVERHEAD: Final = 80
 MIN_MTU: Final = 1280
 """IPv6's smallest: a tunnel narrower than that would lose the family."""
 
+WIREGUARD_UNAVAILABLE: Final = "WireGuardUnavailable"
+
 _FLAGS: Final = {
     Phase.ENABLING: SettingsFlags.PASS_OVERSIZED,
     Phase.ENFORCING: SettingsFlags.ENFORCING,
@@ -99,7 +101,7 @@ def desired(inputs: Inputs) -> Desired | None:
     if inputs.implementation is Implementation.NONE:
         problems.append(
             Problem(
-                "WireGuardUnavailable",
+                WIREGUARD_UNAVAILABLE,
                 "the kernel has no WireGuard and no userspace implementation may be used or is there",
             )
         )
