@@ -108,10 +108,16 @@ class OperatorMachine(RuleBasedStateMachine):
 
     # What happens to the cluster.
 
-    @initialize()
-    def begin(self) -> None:
-        for name in NODES[:2]:
+    @initialize(rounds=st.integers(0, 8), enabled=st.booleans())
+    def begin(self, rounds: int, enabled: bool) -> None:
+        """So many undisturbed rounds on the way to Enforcing."""
+        for name in NODES[:3]:
             self.add_node(name, 0)
+        self.configure(True)
+        for _ in range(rounds):
+            self.everything_is_seen_and_written()
+            self.agents_work(set(NODES), True, True)
+        self.configure(enabled)
 
     @rule(name=st.sampled_from(NODES), shift=st.integers(0, 2))
     def add_node(self, name: str, shift: int) -> None:
@@ -173,13 +179,16 @@ class OperatorMachine(RuleBasedStateMachine):
         if name in self.server.now("secrets"):
             self.server.remove("secrets", name)
 
-    @rule(name=st.sampled_from(NODES), reaches=st.booleans())
-    def agent_acts(self, name: str, reaches: bool = True) -> None:
-        """Reads its orders and carries them out; `reaches`: the handshakes with all peers are proven."""
+    @rule(name=st.sampled_from(NODES), able=st.booleans(), reaches=st.booleans())
+    def agent_acts(self, name: str, able: bool = True, reaches: bool = True) -> None:
+        """Reads its orders and, if it is able to, carries them out; `reaches`: the handshakes with all
+        peers are proven."""
         agent, node = self.agents.get(name), self.server.now("mesh_nodes").get(name)
         if agent is None or node is None:
             return
         agent.generation, agent.phase, agent.epoch = node.generation, node.spec.phase, node.spec.epoch
+        if not able:
+            return
         agent.strict = agent.phase is Phase.ENFORCING
         agent.peers = sum(
             1
@@ -249,6 +258,21 @@ class OperatorMachine(RuleBasedStateMachine):
         self.overlays = {kind: Overlay() for kind in KINDS}
         self.recent_ids = []
         self.relist()
+
+    @rule()
+    def everything_is_seen_and_written(self) -> None:
+        for kind in KINDS:
+            self.watch_brings_news(kind, len(self.server.history[kind]))
+        inputs = self.inputs()
+        for action in reconcile(inputs).actions:
+            self.try_to(action, inputs)
+
+    @rule(names=st.sets(st.sampled_from(NODES)), able=st.booleans(), report=st.booleans())
+    def agents_work(self, names: set[str], able: bool, report: bool) -> None:
+        for name in sorted(names):
+            self.agent_acts(name, able)
+            if report:
+                self.agent_reports(name)
 
     @rule(writes=st.integers(0, 6), order=st.randoms(use_true_random=False))
     def look_and_write(self, writes: int, order: Any) -> None:
@@ -424,6 +448,15 @@ class OperatorMachine(RuleBasedStateMachine):
                 key.public_key for key in other.spec.keys
             }
 
+    @invariant()
+    def no_node_is_left_behind(self) -> None:
+        orders = {(node.spec.epoch, node.spec.phase) for node in self.server.now("mesh_nodes").values()}
+        newest = max((epoch for epoch, _ in orders), default=0)
+        ranks = {
+            list(Phase).index(phase) for epoch, phase in orders if epoch == newest and phase is not Phase.OFF
+        }
+        assert not ranks or max(ranks) - min(ranks) <= 1
+
     @precondition(lambda self: any(node.live for node in self.server.now("nodes").values()))
     @rule()
     def left_in_peace_all_comes_right(self) -> None:
@@ -473,4 +506,4 @@ class OperatorMachine(RuleBasedStateMachine):
 
 
 TestOperatorMachine = OperatorMachine.TestCase
-TestOperatorMachine.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
+TestOperatorMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
