@@ -1,6 +1,6 @@
-"""`make bench`: every figure of one run, as a table and in bench/results/latest.json. Needs root. Nothing
-here is asserted: figures depend on the machine, so what counts are ratios within a run, and goals are only
-shown."""
+"""`make bench`: every figure of one run, as a table and in bench/results/latest.json; `python -m bench
+PART...` some of them. Needs root. Nothing here is asserted: figures depend on the machine, so what counts
+are ratios within a run, and goals are only shown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.text import Text
 
 from meshwire.cli.findings import make_console
 
-RESULTS: Final = Path(__file__).parent / "results" / "latest.json"
+RESULTS: Final = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,12 @@ def main(chosen: list[str]) -> int:
         measured["seconds"] = round(time.monotonic() - began, 1)
         result["parts"][name] = measured
         console.print(f"{part.title}: {measured['seconds']} s")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    # latest.json is always one whole run.
+    path = RESULTS / ("partial.json" if chosen else "latest.json")
+    path.write_text(json.dumps(result, indent=2) + "\n")
     console.print(table)
-    console.print(
-        f"written to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}"
-    )
+    console.print(f"written to {path}")
     return 1 if failed else 0
 
 
