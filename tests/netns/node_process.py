@@ -128,10 +128,13 @@ class Node:
                 return {"applied": applied, "status": self.api.status, "looks": self.kernel.looks}
             case "see":
                 return await asyncio.get_running_loop().run_in_executor(None, self._see)
-            case "restart":
+            case "stop":
                 await self._running.aclose()
+                return {}
+            case "start":
                 await self.start()
-                self.agent.follow(self._snapshot)
+                if what:
+                    self.agent.follow(self._snapshot)
                 return {}
 
     def _say(

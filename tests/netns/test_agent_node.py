@@ -93,6 +93,18 @@ def until(done: Callable[[], object], seconds: float = 15.0) -> None:
         time.sleep(0.05)
 
 
+def wait_for_actions(node: Node) -> list[str]:
+    """What the agent does next."""
+    applied: list[str] = []
+
+    def ask() -> bool:
+        applied.extend(node.ask("tell")["applied"])
+        return bool(applied)
+
+    until(ask)
+    return applied
+
+
 def start(name: str, number: int, directory: Path) -> Node:
     directory.mkdir()
     script = Path(__file__).with_name("node_process.py")
@@ -260,13 +272,13 @@ def test_a_second_look_writes_nothing_and_a_restart_only_loads(pair: tuple[Node,
     a.wake()
     until(lambda: a.ask("tell")["looks"] > looks)
     assert a.ask("tell")["applied"] == []
-    a.ask("restart")
+    a.ask("stop")
+    a.ask("start", True)
     until(lambda: a.ask("tell")["looks"] >= 2)
     until(lambda: a.is_ready())
-    a.ask("restart")
-    applied: list[str] = []
-    until(lambda: applied.extend(a.ask("tell")["applied"]) or applied)  # type: ignore[func-returns-value]
-    assert applied == ["LoadDatapath: load programs and maps"]
+    a.ask("stop")
+    a.ask("start", True)
+    assert wait_for_actions(a) == ["LoadDatapath: load programs and maps"]
 
 
 def test_what_others_have_on_the_node_stays(alone: Node) -> None:
@@ -319,8 +331,7 @@ def test_what_is_taken_away_is_put_back(enforcing: Node, harm: str, restored: st
     """By the kernel's own message: the next look by the clock is half a minute away."""
     enforcing.ask("tell")
     enforcing.run(harm)
-    applied: list[str] = []
-    until(lambda: applied.extend(enforcing.ask("tell")["applied"]) or applied)  # type: ignore[func-returns-value]
+    applied = wait_for_actions(enforcing)
     until(lambda: enforcing.ask("see")["filters"] == GUARDS)
     assert restored in {action.partition(":")[0] for action in applied}
     until(lambda: len(enforcing.ask("see")["devices"][DEVICE]) == 1)
@@ -409,9 +420,10 @@ def test_a_dead_supervisor_takes_no_device_along(enforcing: Node) -> None:
 
 
 def test_a_killed_device_process_is_replaced(enforcing: Node) -> None:
-    pid = int((enforcing.directory / f"{DEVICE}.pid").read_text().split()[0])
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: int((enforcing.directory / f"{DEVICE}.pid").read_text().split()[0]) != pid)
+    file = enforcing.directory / f"{DEVICE}.pid"
+    before = file.read_text()
+    os.kill(int(before.split()[0]), signal.SIGKILL)
+    until(lambda: file.exists() and file.read_text() != before)
     until(lambda: enforcing.is_ready() and enforcing.ask("see")["filters"] == GUARDS)
 
 
@@ -434,3 +446,19 @@ def test_no_key_is_in_what_the_node_wrote(pair: tuple[Node, Node]) -> None:
             content = file.read_bytes()
             assert raw.hex().encode() not in content and raw not in content, file.name
     assert oct((pair[0].directory / "keys.json").stat().st_mode)[-3:] == "600"
+
+
+def test_a_rebooted_node_guards_before_it_hears_from_the_api_server(enforcing: Node) -> None:
+    enforcing.ask("stop")
+    for command in (f"ip link del {DEVICE}", "tc qdisc del dev eth0 clsact", "rm -r /sys/fs/bpf/meshwire"):
+        enforcing.run(command)
+    enforcing.ask("start", False)
+    until(lambda: enforcing.ask("see")["filters"] == GUARDS[:2])
+    assert enforcing.ask("see")["devices"] == {}
+    written = [each for each in enforcing.ask("tell")["applied"] if "set flags" in each]
+    assert "STRICT" in written[0]
+    # A device that appears while the API server is still away is guarded too.
+    enforcing.run("ip link add eth1 type veth peer name far1")
+    enforcing.run("ip link set eth1 up")
+    enforcing.run("ip route add 10.244.2.0/24 dev eth1")
+    until(lambda: "eth1 egress" in enforcing.ask("see")["filters"])

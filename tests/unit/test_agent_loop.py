@@ -139,7 +139,7 @@ async def running(directory: Path, kernel: StubKernel | None = None) -> AsyncIte
         node="a",
         namespace="ns",
         state_directory=directory,
-        pin_directory=directory,
+        pin_directory=directory / "pins",
         run_directory=directory,
         proc_sys=directory,
         metrics_address=("127.0.0.1", 0),
@@ -400,3 +400,39 @@ async def test_the_last_good_config_survives_a_restart(tmp_path: Path) -> None:
         await bench.until(lambda: bench.client.patches)
         assert bench.client.condition["reason"] == "DeviceNotFound"
         assert json.loads(bench.settings.config_file.read_text())["encryption"]["port"] == 1234
+
+
+def enforced() -> dict[str, Member]:
+    others = {
+        "b": Member(
+            name="b",
+            uid="2",
+            spec=replace(own(Phase.ENFORCING).spec, id=2, pod_cidrs=(ip_network("10.244.2.0/24"),)),
+        )
+    }
+    return {"a": own(Phase.ENFORCING), **others}
+
+
+async def test_a_rebooted_node_guards_before_the_api_server_answers(tmp_path: Path) -> None:
+    config = MeshConfig(encryption=Encryption(enabled=True))
+    async with running(tmp_path) as bench:
+        bench.say(members=enforced(), config=config, config_spec={"encryption": {"enabled": True}})
+        await bench.until(lambda: bench.settings.guard_file.exists())
+    async with running(tmp_path) as rebooted:
+        await rebooted.until(lambda: rebooted.kernel.applied)
+        # The stub never has what it loads, so what follows is in tests/netns.
+        assert {type(action) for action in rebooted.kernel.applied} == {plans.LoadDatapath}
+        assert (rebooted.client.reads, rebooted.client.patches) == (0, [])
+    (tmp_path / "pins").mkdir()
+    async with running(tmp_path) as restarted:
+        restarted.agent.wake()
+        await asyncio.sleep(0.1)
+        assert restarted.kernel.looks == [], "without a reboot the kernel still guards"
+
+
+async def test_a_node_that_no_longer_enforces_remembers_nothing_to_guard(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        bench.say(members=enforced(), config=MeshConfig(encryption=Encryption(enabled=True)))
+        await bench.until(lambda: bench.settings.guard_file.exists())
+        bench.say(members={"a": own(Phase.DISABLING)})
+        await bench.until(lambda: not bench.settings.guard_file.exists())

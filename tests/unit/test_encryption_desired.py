@@ -167,6 +167,15 @@ def test_before_its_own_meshnode_a_node_waits_in_any_other_cluster(phase: Phase)
     assert desired(inputs(member("b", 2, phase=phase), nodes={"a": ClusterNode(name="a")})) is None
 
 
+def test_a_member_whose_meshnode_is_away_goes_on_as_it_is() -> None:
+    own = ClusterNode(name="a", ready=True, pod_cidrs=(ip_network("10.244.1.0/24"),))
+    assert desired(inputs(member("b", 2), nodes={"a": own}, in_place=True)) is None
+    assert want(member("b", 2), nodes={"a": own}, in_place=False).strict, (
+        "after a reboot there is nothing to go on"
+    )
+    assert want(member("b", 2), nodes={"a": own}, in_place=True, held={}).strict, "it was never a member"
+
+
 def test_own_pod_cidrs_count_before_the_operator_has_seen_them() -> None:
     own = ClusterNode(name="a", pod_cidrs=(ip_network("10.244.77.0/24"),))
     assert want(member("a", 1), nodes={"a": own}).addresses[ip_network("10.244.77.0/24")].node == 1
@@ -297,8 +306,9 @@ def test_a_config_that_names_a_missing_device_is_not_taken() -> None:
 
 def test_a_node_that_does_not_encrypt_yet_does_not_begin_with_a_refused_config() -> None:
     own = member("a", 1, phase=Phase.ENABLING)
-    assert want(own, member("b", 2), hold=True).settings is None
-    assert want(member("a", 1), member("b", 2), hold=True).strict
+    assert want(own, member("b", 2), config_refused=True).settings is None
+    assert want(own, member("b", 2), config_refused=True, in_place=True).settings is not None
+    assert want(member("a", 1), member("b", 2), config_refused=True).strict
 
 
 @settings(max_examples=200, deadline=None)

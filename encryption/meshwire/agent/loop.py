@@ -107,7 +107,8 @@ def observe_and_plan(
             links=observed.links,
             routes=observed.routes,
             implementation=observed.implementation,
-            hold=problem is not None and not observed.pinned,
+            config_refused=problem is not None,
+            in_place=observed.pinned,
         )
     )
     return Look(
@@ -140,6 +141,10 @@ class Agent:
         self._held = keys.read_held(settings.held_keys_file)
         self._config = state.read_config(settings.config_file)
         self._source: Callable[[], World] | None = None
+        self._guarded: Mapping[str, Member] = {}
+        if not settings.pin_directory.exists():
+            # A reboot: until the API server has answered, what was guarded before is guarded again.
+            self._guarded = state.read_guard(settings.guard_file)
         self._wake = asyncio.Event()
         self._stale = Part.ALL
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel")
@@ -169,13 +174,14 @@ class Agent:
             await self._sleep_until(deadline)
             now = time.monotonic()
             self.health.last_run = now
-            if self._source is None:
+            if self._source is None and not self._guarded:
                 # Nothing is known yet, and what runs already goes on as it is.
                 deadline = now + RESYNC
                 continue
             if now >= resync:
                 self._stale, resync = Part.ALL, now + RESYNC
-            world, stale = self._source(), self._stale
+            world = self._source() if self._source else World(members=self._guarded)
+            stale = self._stale
             if now < deadline and not stale and world == self._world:
                 continue
             self._stale = Part.NONE
@@ -198,7 +204,8 @@ class Agent:
 
     async def _run_once(self, world: World, stale: Part, version: str) -> float:
         """Seconds until the next run, unless something happens."""
-        own = world.members.get(self._settings.node)
+        # What is known from before a reboot is nothing to fetch keys or to report by.
+        own = world.members.get(self._settings.node) if self._source else None
         problems = await self._fetch_keys(own)
         outcome = await self._converge_in_thread(world, problems, stale)
         self.health.runs += 1
@@ -298,8 +305,19 @@ class Agent:
                 failed = True
                 found.append(error)
             look = self._look(world, found, Part.NONE)
+        if self._source and look.desired and not failed:
+            self._keep_guard(look.desired, world)
         metrics = self._kernel.metrics()
         return Outcome(look.desired, look.observed, applied, tuple(dict.fromkeys(found)), metrics, failed)
+
+    def _keep_guard(self, wanted: Desired, world: World) -> None:
+        path = self._settings.guard_file
+        if wanted.strict and world.members != self._guarded:
+            state.write_guard(path, world.members.values())
+            self._guarded = world.members
+        elif not wanted.strict and path.exists():
+            path.unlink()
+            self._guarded = {}
 
     def _look(self, world: World, problems: list[Problem], fresh: Part) -> Look:
         look = observe_and_plan(

@@ -38,6 +38,10 @@ class Settings:
     def config_file(self) -> Path:
         return self.state_directory / "config.json"
 
+    @property
+    def guard_file(self) -> Path:
+        return self.state_directory / "guard.json"
+
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Raises InvalidEnvironment."""

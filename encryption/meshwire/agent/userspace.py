@@ -122,7 +122,10 @@ def _start(run_directory: Path, name: str) -> None:
         raise CannotStart(f"{program}: {error.strerror}") from error
     finally:
         os.close(output)
-    (run_directory / f"{name}.pid").write_text(f"{child.pid} {_start_time(child.pid)}\n")
+    # In one step: the next supervisor must not find half of it.
+    unfinished = run_directory / f"{name}.pid.new"
+    unfinished.write_text(f"{child.pid} {_start_time(child.pid)}\n")
+    unfinished.rename(run_directory / f"{name}.pid")
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if child.poll() is not None:

@@ -212,6 +212,11 @@ class Watch:
         """Lists UIDs at the start, and whenever kopf lists anew. For ever."""
         while True:
             await self._list(PATHS)
+            if not self._store.complete:
+                # Mostly kopf is still listing; but what was deleted between our list and its own never
+                # comes.
+                await asyncio.sleep(RETRY)
+                continue
             self._listed.clear()
             await self._listed.wait()
             await asyncio.sleep(PRUNE_DELAY)

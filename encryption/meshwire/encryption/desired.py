@@ -63,9 +63,10 @@ class Inputs:
     links: Mapping[str, Link] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
     implementation: Implementation = Implementation.KERNEL
-    hold: bool = False
-    """The MeshConfig can't be carried out here and nothing of ours is in place: a node that doesn't encrypt
-    yet doesn't begin to."""
+    config_refused: bool = False
+    """The newest MeshConfig can't be carried out here: a node that doesn't encrypt yet doesn't begin to."""
+    in_place: bool = False
+    """There is a datapath of ours on the node."""
 
 
 def missing_devices(config: MeshConfig, links: Mapping[str, Link]) -> tuple[str, ...]:
@@ -78,7 +79,8 @@ def desired(inputs: Inputs) -> Desired | None:
     if (own := _own_order(inputs)) is None:
         return None
     phase, epoch = own.spec.phase, own.spec.epoch
-    if phase is Phase.OFF or (phase is Phase.ENABLING and inputs.hold):
+    begins = phase is Phase.ENABLING and not inputs.in_place
+    if phase is Phase.OFF or (begins and inputs.config_refused):
         return Desired(phase=Phase.OFF)
 
     accepted, problems = _accept(inputs, own)
@@ -146,9 +148,9 @@ def tunnel_mtu(config: MeshConfig, uplinks: Iterable[Link]) -> int:
 
 
 def _own_order(inputs: Inputs) -> Member | None:
-    """This node's MeshNode. Before the operator has made it, a cluster that enforces is joined enforcing:
-    with a number of the node's own choice (numbers are read on the node alone), no keys, so everything is
-    guarded."""
+    """This node's MeshNode. A node that was a member goes on as it is while its MeshNode is away. Before the
+    operator has made it, a cluster that enforces is joined enforcing: with a number of the node's own choice
+    (numbers are read on the node alone), no keys, so everything is guarded."""
     own = inputs.members.get(inputs.node)
     node = inputs.nodes.get(inputs.node)
     if own is not None and own.spec.id:
@@ -160,7 +162,7 @@ def _own_order(inputs: Inputs) -> Member | None:
             own, spec=replace(spec, addresses=addresses, pod_cidrs=_union(spec.pod_cidrs, node.pod_cidrs))
         )
     enforcing = [member for member in inputs.members.values() if member.spec.phase is Phase.ENFORCING]
-    if node is None or not enforcing:
+    if node is None or not enforcing or (inputs.held and inputs.in_place):
         return None
     taken = {member.spec.id for member in inputs.members.values()}
     leader = max(enforcing, key=lambda member: (member.spec.epoch, member.name))
