@@ -236,6 +236,10 @@ REASONS: Final[Mapping[str, tuple[str, str]]] = {
         "Meshwire's filter has to be the first on the device; what was attached before stays in force",
         "see whose it is (`tc qdisc`, `tc filter show`) and move it to another priority or to clsact",
     ),
+    "ObserveFailed": (
+        "the agent can't see what the kernel has, so it changes nothing; what is in force stays",
+        "if it lasts: run `meshwire preflight` on the node",
+    ),
     "ApplyFailed": (
         "the kernel refused a step; the agent tries again",
         "if it lasts: run `meshwire preflight` on the node",
