@@ -9,9 +9,14 @@ import pytest
 from meshwire.kube.client import Client, Cluster
 
 
-async def test_uids_are_read_page_by_page_and_an_empty_list_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_uids_are_read_page_by_page_and_an_empty_list_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pages: list[dict[str, Any]] = [
-        {"metadata": {"continue": "more"}, "items": [{"metadata": {"uid": "a"}}, {"metadata": {"uid": "b"}}]},
+        {
+            "metadata": {"continue": "more"},
+            "items": [{"metadata": {"uid": "a"}}, {"metadata": {"uid": "b"}}],
+        },
         {"metadata": {}, "items": [{"metadata": {"uid": "c"}}]},
         # As PartialObjectMetadataList spells it where there is nothing.
         {"metadata": {}, "items": None},

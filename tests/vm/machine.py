@@ -93,7 +93,8 @@ def run(
             ["-device", "virtserialport,chardev=status,name=status"],
         ]
         machine = subprocess.Popen(
-            [qemu, *(word for words in hardware for word in words)],
+            # Whatever ends us, also ends QEMU.
+            ["setpriv", "--pdeathsig=KILL", qemu, *(word for words in hardware for word in words)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -119,7 +119,8 @@ class Store:
         self._objects: dict[str, dict[str, _Kept]] = {resource: {} for resource in PATHS}
         self._status: Status | None = None
         self._missing: dict[str, frozenset[str]] = {}
-        self._deleted: set[str] = set()
+        self._deleted: dict[str, set[str]] = {resource: set() for resource in PATHS}
+        """Since the last list was compared."""
         self._malformed: set[str] = set()
 
     @property
@@ -147,7 +148,7 @@ class Store:
     def remove(self, resource: str, body: Mapping[str, Any]) -> None:
         uid = body["metadata"]["uid"]
         self._objects[resource].pop(uid, None)
-        self._deleted.add(uid)
+        self._deleted[resource].add(uid)
         self._seen(resource, uid)
 
     def known(self, resource: str) -> frozenset[str]:
@@ -160,8 +161,9 @@ class Store:
             log.info("%d %s were deleted while nobody watched", len(gone), resource)
         for uid in gone:
             self._objects[resource].pop(uid, None)
-        self._missing[resource] = there - self._objects[resource].keys() - self._deleted - self._malformed
-        self._deleted.clear()
+        accounted = self._objects[resource].keys() | self._deleted[resource] | self._malformed
+        self._missing[resource] = there - accounted
+        self._deleted[resource].clear()
 
     def snapshot(self) -> World:
         config = self._latest(names.MESHCONFIGS).get(names.CONFIG_NAME)

@@ -35,7 +35,11 @@ class LabGroup(click.Group):
 
 @click.group(cls=LabGroup)
 def lab() -> None:
-    """A real Kubernetes control plane and nodes of network namespaces, on this machine. Needs root."""
+    """A real Kubernetes control plane and nodes of network namespaces, on this machine. Needs root.
+
+    A pod runs its first container's `command` from this machine's file system, in a network namespace of its
+    own; images, volumes, `kubectl logs` and `kubectl exec` are not there: see `meshwire lab logs` and
+    `exec`."""
 
 
 @contextmanager
@@ -77,7 +81,11 @@ def _progress(title: str) -> Iterator[Callable[[str], None]]:
 def up(
     nodes: int, families: str, underlay_mtu: int, overlay: str | None, no_node_cidr: bool, mesh: bool
 ) -> None:
-    """Bring a lab up (taking down one that is there)."""
+    """Bring a lab up (taking down one that is there).
+
+    The control plane's programs are taken from the first of $KUBEBUILDER_ASSETS, the directories of $PATH
+    and the cache in ~/.cache/meshwire that has all six; else they are built with Go, once, from
+    tests/controlplane. The lab lives in /var/lib/meshwire-lab, or $MESHWIRE_LAB_DIR."""
     settings = Settings(
         nodes=nodes,
         families=tuple(families.split(",")),

@@ -153,7 +153,7 @@ class Lab:
             raise LabError(
                 f"no config/access in {SOURCE}: the lab runs from a source tree (or with --no-mesh)"
             )
-        with self._locked():
+        with self._locked(new=True):
             state = self._begin(settings)
             self._report("control plane")
             self._start_control_plane(programs, state)
@@ -639,9 +639,12 @@ class Lab:
         network.remove_directories(state.made_directories)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self, *, new: bool = False) -> Iterator[None]:
         """One command at a time changes a lab."""
-        self.paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if new:
+            self.paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        elif not self.is_up:
+            raise LabError("no lab is up: `meshwire lab up` brings one up")
         with self.paths.lock.open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -212,6 +212,10 @@ class Paths:
         """One JSON file per pod that runs on a node: where to find it."""
         return self.root / "machines" / machine / "pods"
 
+    def pod_run(self, machine: str) -> Path:
+        """Holds a directory per pod that runs on a node: the pod's /run."""
+        return self.root / "machines" / machine / "pod-run"
+
     def token_directory(self, machine: str) -> Path:
         return self.run(machine) / "secrets/kubernetes.io/serviceaccount"
 

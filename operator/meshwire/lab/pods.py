@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -224,6 +225,7 @@ class Worker:
             else pod_netns(machine.node.name, self._metadata["namespace"], self._metadata["name"])
         )
         self._record = machine.paths.pods(machine.node.name) / f"{pod_key(pod)}.json"
+        self._run_directory = machine.paths.pod_run(machine.node.name) / pod_key(pod)
         self.task = asyncio.create_task(self._run())
 
     @property
@@ -278,6 +280,7 @@ class Worker:
                 await self._detach()
             if pool and addresses:
                 pool.release(addresses)
+            shutil.rmtree(self._run_directory, ignore_errors=True)
             self._record.unlink(missing_ok=True)
 
     async def _attach(self, addresses: tuple[Address, ...]) -> None:
@@ -358,7 +361,7 @@ class Worker:
         )
         env |= container_environment(self._pod, machine.node, addresses, machine.addresses[0])
         command = container_command(self._pod, env)
-        run = machine.paths.root / "machines" / machine.node.name / "pod-run" / pod_key(self._pod)
+        run = self._run_directory
         if spec.get("automountServiceAccountToken", True) is not False:
             await self._fetch_token(run / "secrets/kubernetes.io/serviceaccount")
         write_private(run / "hosts", hosts_file(self._metadata["name"], addresses).encode())

@@ -1,0 +1,109 @@
+"""The lab end to end on a kernel with a WireGuard of its own. Runs inside of the virtual machine: test_vm.py
+names it to pytest, which by itself doesn't take it for a test. The tests build on each other, in this order:
+bringing up a second cluster would take minutes here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from meshwire.lab.capture import Capture
+from meshwire.lab.exercise import Exercise
+from meshwire.lab.lab import Lab
+from meshwire.lab.model import Settings
+
+pytestmark = pytest.mark.lab
+
+
+@pytest.fixture(scope="module")
+def exercise(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Exercise]:
+    """Two nodes, a probe on each, encryption off."""
+    lab = Lab(tmp_path_factory.mktemp("lab"), report=_say)
+    try:
+        lab.up(Settings(nodes=2))
+        exercise = Exercise(lab)
+        exercise.deploy()
+        _say("the lab is up")
+        yield exercise
+    finally:
+        if not lab.is_up or request.session.testsfailed:
+            # The logs are gone with the machine.
+            for path in sorted(lab.paths.logs.rglob("*.log")):
+                print(f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}")
+        lab.down()
+
+
+def _say(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", flush=True)
+
+
+@contextmanager
+def nothing_in_clear(directory: Path) -> Iterator[None]:
+    """On the wire between the nodes, while the body runs; and something encrypted."""
+    with Capture(directory / f"{time.monotonic_ns()}.pcap") as capture:
+        yield
+    report = capture.report
+    assert report and report.is_complete, report
+    assert report.clear == 0, report
+    # Transport data; a handshake alone proves nothing.
+    assert report.wireguard_by_type.get(4, 0) > 50, report
+
+
+def devices(exercise: Exercise, node: str) -> list[str]:
+    """Meshwire's WireGuard devices of the kernel."""
+    links = exercise.lab.on_node(node, "ip", "-brief", "link", "show", "type", "wireguard").stdout
+    return [line.split()[0] for line in links.splitlines() if line.startswith("meshwire_wg")]
+
+
+def test_turned_on_under_traffic_nothing_is_lost_or_in_clear(exercise: Exercise, tmp_path: Path) -> None:
+    with exercise.flows(udp_rate=20, tcp_rate=20_000, services=True) as flows:
+        exercise.set_encryption(True)
+        _say("encrypted")
+        with nothing_in_clear(tmp_path):
+            for node, targets in exercise.pairs():
+                for target in targets:
+                    assert exercise.run(node, "ping", "--count=3", target)["lost"] == 0
+    assert not flows.broken
+
+
+def test_status_says_so(exercise: Exercise) -> None:
+    status = exercise.lab.kubectl("get", "meshstatus")
+    print(status, exercise.lab.kubectl("get", "meshnodes"), sep="\n")
+    assert status.splitlines()[1].split()[:4] == ["mesh", "WireGuard", "2/2", "1"]
+    for node in exercise.lab.nodes:
+        found = exercise.mesh_node(node)["status"]
+        assert (found["implementation"], found["strict"], found["leaked"]) == ("Kernel", True, 0)
+        assert devices(exercise, node) == ["meshwire_wg1"]
+
+
+def test_a_deleted_device_comes_back_and_nothing_leaks_meanwhile(exercise: Exercise, tmp_path: Path) -> None:
+    target = exercise.probe("node2").addresses[0]
+    with exercise.flows(udp_rate=20, tcp_rate=20_000) as flows:
+        with nothing_in_clear(tmp_path):
+            exercise.lab.on_node("node1", "ip", "link", "delete", "meshwire_wg1")
+            exercise.wait_until(lambda: bool(devices(exercise, "node1")), "the device is back")
+            exercise.wait_until(
+                lambda: bool(exercise.run("node1", "ask", target)["complete"]), "node1 reaches node2"
+            )
+            time.sleep(3)
+    streams = [flow for flow in flows.ended if flow.kind == "tcp"]
+    assert streams and all(flow.is_clean for flow in streams), flows.broken
+    exercise.wait_for_phase("Enforcing")
+
+
+def test_turned_off_nothing_of_it_stays(exercise: Exercise) -> None:
+    exercise.set_encryption(False)
+    for node in exercise.lab.nodes:
+        found = exercise.lab.on_node(
+            node,
+            *("sh", "-c", "tc filter show dev eth0 egress; tc filter show dev eth0 ingress; ls /sys/fs/bpf"),
+        ).stdout
+        assert "meshwire" not in found and "mw_" not in found, found
+        assert devices(exercise, node) == []
+    for node, targets in exercise.pairs():
+        for target in targets:
+            assert exercise.run(node, "ask", target)["complete"]

@@ -1,0 +1,97 @@
+"""The kernel's WireGuard, driven as the agent drives it. Runs inside of the virtual machine: test_vm.py
+names it to pytest, which by itself doesn't take it for a test."""
+
+from __future__ import annotations
+
+import os
+import platform
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from pathlib import Path
+
+import pytest
+from bench import peers as thousand
+from pyroute2 import IPRoute
+
+from meshwire.encryption import netlink
+from meshwire.encryption.keys import public_key
+from meshwire.encryption.model import Endpoint, SecretKey
+from meshwire.encryption.plan import ConfigureDevice, PeerChange
+from meshwire.encryption.wireguard import KernelWireGuard
+
+DEVICE = "meshwire_wg0"
+PEERS = 1000
+
+
+@pytest.fixture
+def wireguard() -> Iterator[KernelWireGuard]:
+    """With one device, fresh and down."""
+    with IPRoute() as ipr:
+        assert netlink.kernel_has_wireguard(ipr)
+        netlink.create_wireguard(ipr, DEVICE)
+        yield KernelWireGuard()
+        netlink.delete_link(ipr, DEVICE)
+
+
+def make_peer(number: int) -> PeerChange:
+    """Every other one reached over IPv6."""
+    v4, v6 = IPv4Address(0xC6120001 + number), IPv6Address((0xFD00 << 112) + 1 + number)
+    return PeerChange(
+        public_key=b64encode(number.to_bytes(32, "big")).decode(),
+        endpoint=Endpoint(v6 if number % 2 else v4, 51871),
+        keepalive=25,
+        gain=(
+            ip_network((0x0A000000 + (number << 8), 24)),
+            ip_network(((0xFD01 << 112) + (number << 64), 64)),
+            ip_network(f"{v4}/32"),
+        ),
+    )
+
+
+def test_this_is_the_kernel_the_test_is_about() -> None:
+    assert platform.release() == os.environ["MESHWIRE_VM_RELEASE"]
+    assert Path("/sys/kernel/btf/vmlinux").stat().st_size > 1_000_000
+
+
+def test_a_thousand_peers_in_one_go_are_all_there(wireguard: KernelWireGuard) -> None:
+    secret = SecretKey(os.urandom(32))
+    peers = tuple(make_peer(number) for number in range(1, PEERS + 1))
+    wireguard.configure(
+        ConfigureDevice(name=DEVICE, private_key=secret, port=51871, fresh=True, peers=peers)
+    )
+    device = wireguard.observe(DEVICE)
+    assert (device.public_key, device.port, len(device.peers)) == (public_key(secret), 51871, PEERS)
+    for peer in peers:
+        found = device.peers[peer.public_key]
+        assert found.allowed_ips == frozenset(peer.gain)
+        assert (found.endpoint, found.keepalive, found.handshake) == (peer.endpoint, 25, 0)
+
+    fewer = tuple(replace(peer, remove=True) for peer in peers[1:])
+    wireguard.configure(ConfigureDevice(name=DEVICE, peers=fewer))
+    assert set(wireguard.observe(DEVICE).peers) == {peers[0].public_key}
+    wireguard.configure(ConfigureDevice(name=DEVICE, fresh=True, peers=peers[1:2]))
+    assert set(wireguard.observe(DEVICE).peers) == {peers[1].public_key}
+
+
+def test_a_network_moves_or_goes_without_touching_the_others(wireguard: KernelWireGuard) -> None:
+    one, other = make_peer(1), make_peer(2)
+    start = ConfigureDevice(
+        name=DEVICE, private_key=SecretKey(os.urandom(32)), port=51871, peers=(one, other)
+    )
+    wireguard.configure(start)
+    moved = PeerChange(public_key=other.public_key, keepalive=25, gain=one.gain[:1])
+    wireguard.configure(ConfigureDevice(name=DEVICE, peers=(moved,), release=other.gain[1:2]))
+    peers = wireguard.observe(DEVICE).peers
+    assert set(peers) == {one.public_key, other.public_key}
+    assert peers[one.public_key].allowed_ips == set(one.gain[1:])
+    assert peers[other.public_key].allowed_ips == {other.gain[0], other.gain[2], one.gain[0]}
+    assert peers[other.public_key].endpoint == other.endpoint
+
+
+def test_a_thousand_nodes_become_a_datapath_that_needs_nothing_more() -> None:
+    found = thousand.measure(PEERS)
+    print(found)
+    assert found["implementation"] == "Kernel"
+    assert found["further_actions"] == 0
