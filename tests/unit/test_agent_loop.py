@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
@@ -436,3 +437,17 @@ async def test_a_node_that_no_longer_enforces_remembers_nothing_to_guard(tmp_pat
         await bench.until(lambda: bench.settings.guard_file.exists())
         bench.say(members={"a": own(Phase.DISABLING)})
         await bench.until(lambda: not bench.settings.guard_file.exists())
+
+
+async def test_a_tunnel_that_was_left_is_called_empty_only_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes that send by it take it away at that word, with what it still holds."""
+    monkeypatch.setattr(loop, "DRAIN", 0.3)
+    async with running(tmp_path) as bench:
+        bench.say(members={"a": own(Phase.DRAINING)})
+        left = time.monotonic()
+        await bench.until(lambda: bench.client.patches)
+        assert bench.client.patches[-1]["activeEpoch"] == 1
+        await bench.until(lambda: bench.client.patches[-1]["activeEpoch"] == 0)
+        assert time.monotonic() - left >= 0.3

@@ -83,7 +83,11 @@ def seen(
 
 
 def tell(
-    desired: Desired | None, observed: Observed, *problems: Problem, previous: Status | None = None
+    desired: Desired | None,
+    observed: Observed,
+    *problems: Problem,
+    previous: Status | None = None,
+    drained: bool = False,
 ) -> Status:
     return report(
         desired,
@@ -94,6 +98,7 @@ def tell(
         problems=problems,
         counts=Counts(leaked=3, dropped=4),
         version="1.2.3",
+        drained=drained,
     )
 
 
@@ -120,7 +125,7 @@ STRICT = SettingsFlags.STRICT | SettingsFlags.ENFORCING
         ),
         (wanted(Phase.DISABLING), seen(), (1, 1), False, "Ready"),
         (wanted(Phase.DRAINING), seen(), (1, 1), False, "Preparing"),
-        (wanted(Phase.DRAINING), seen(moved=False), (1, 0), False, "Ready"),
+        (wanted(Phase.DRAINING), seen(moved=False), (1, 1), False, "Preparing"),
         (Desired(phase=Phase.OFF), seen(), (0, 0), False, "Off"),
         (None, seen(), (0, 0), False, "WaitingForOperator"),
     ],
@@ -133,6 +138,14 @@ def test_progress(
     assert condition is not None
     assert (status.prepared_epoch, status.active_epoch) == epochs
     assert (status.strict, condition.reason) == (strict, reason)
+
+
+def test_a_drained_node_says_so_once_it_sends_nothing_more_into_the_tunnel() -> None:
+    status = tell(wanted(Phase.DRAINING), seen(moved=False), drained=True)
+    condition = conditions.find(status.conditions, conditions.READY)
+    assert condition is not None
+    assert (status.active_epoch, condition.reason) == (0, "Ready")
+    assert tell(wanted(Phase.DRAINING), seen(), drained=True).active_epoch == 1
 
 
 def test_counters_and_the_rest() -> None:

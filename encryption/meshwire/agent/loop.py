@@ -48,6 +48,9 @@ HANDSHAKE_POLL: Final = 0.2
 """Seconds between looks while a peer waits for its first handshake, of which nobody tells us."""
 WIREGUARD_POLL: Final = 2.0
 """Seconds between looks for a WireGuard where there is none."""
+DRAIN: Final = 5.0
+"""Seconds between the last packet sent into a tunnel and the word that it is empty: a WireGuard outside the
+kernel that gets little of a busy node's time still holds packets after two."""
 SETTLE: Final = 0.02
 """Seconds that further events have to join one that has come."""
 COUNTERS_EVERY: Final = 10.0
@@ -153,6 +156,7 @@ class Agent:
         self._own_uid = ""
         self._written = 0.0
         self._published: Status | None = None
+        self._left: float | None = None
         self._failures = 0
         self.health = Health()
 
@@ -212,7 +216,11 @@ class Agent:
         self.health.seconds = time.monotonic() - self.health.last_run
         self.health.desired, self.health.observed = outcome.desired, outcome.observed
         self.health.metrics = outcome.metrics
-        delay = await self._report(world, own, outcome, version) if own else RESYNC
+        remaining = self._until_drained(outcome)
+        drained = remaining == 0
+        delay = await self._report(world, own, outcome, version, drained=drained) if own else RESYNC
+        if remaining:
+            delay = min(delay, remaining)
         if outcome.failed:
             self.health.errors += 1
             return self._failed()
@@ -242,6 +250,17 @@ class Agent:
             problem = Problem("ObserveFailed", describe(error))
             return replace(self._outcome, applied=(), problems=(*problems, problem), failed=True)
         return self._outcome
+
+    def _until_drained(self, outcome: Outcome) -> float | None:
+        """Seconds until the tunnels that were left can be taken for empty. None: they weren't left."""
+        now = time.monotonic()
+        draining = outcome.desired is not None and outcome.desired.phase is Phase.DRAINING
+        if not draining or outcome.failed or report.sends_encrypted(outcome.observed):
+            self._left = None
+            return None
+        if self._left is None:
+            self._left = now
+        return max(0.0, self._left + DRAIN - now)
 
     def _failed(self) -> float:
         self._stale = Part.ALL
@@ -356,7 +375,9 @@ class Agent:
 
     # Status
 
-    async def _report(self, world: World, own: Member, outcome: Outcome, version: str) -> float:
+    async def _report(
+        self, world: World, own: Member, outcome: Outcome, version: str, *, drained: bool
+    ) -> float:
         """Writes the status if it is worth it; the answer is in how many seconds it will be."""
         if own.uid != self._own_uid:
             # Another MeshNode of this name knows nothing of what we told the old one.
@@ -379,6 +400,7 @@ class Agent:
             problems=outcome.problems,
             counts=counts,
             version=version,
+            drained=drained,
         )
         if status == before == world.status:
             return RESYNC

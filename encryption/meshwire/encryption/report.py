@@ -36,9 +36,11 @@ def report(
     problems: Sequence[Problem],
     counts: Counts,
     version: str,
+    drained: bool = False,
 ) -> Status:
     """The status to publish. `generation` is that of the spec which `desired` came from, `problems` what
-    went wrong besides `desired.problems`; `previous` gives the condition's transition time."""
+    went wrong besides `desired.problems`; `previous` gives the condition's transition time. `drained`: what
+    was sent into a tunnel before it was left has had its time to get out."""
     status = replace(
         previous,
         observed_generation=generation,
@@ -61,7 +63,7 @@ def report(
     status = replace(
         status,
         prepared_epoch=desired.epoch if prepared else 0,
-        active_epoch=_active_epoch(desired, observed, prepared),
+        active_epoch=_active_epoch(desired, observed, prepared, drained),
         strict=_is_strict(desired, observed),
         peers=len(state.peers) if state else 0,
         handshakes=sum(
@@ -97,7 +99,12 @@ def unmoved(desired: Desired, observed: Observed) -> frozenset[int]:
     )
 
 
-def _active_epoch(desired: Desired, observed: Observed, prepared: bool) -> int:
+def sends_encrypted(observed: Observed) -> bool:
+    """To at least one node."""
+    return bool(observed.datapath and observed.datapath.nodes)
+
+
+def _active_epoch(desired: Desired, observed: Observed, prepared: bool, drained: bool) -> int:
     match desired.phase:
         case Phase.ENABLING:
             return desired.epoch if prepared and not unmoved(desired, observed) else 0
@@ -105,7 +112,7 @@ def _active_epoch(desired: Desired, observed: Observed, prepared: bool) -> int:
             # Nothing leaves by another way: who is not reached through the epoch is not reached.
             return desired.epoch if prepared else 0
         case Phase.DRAINING:
-            return desired.epoch if observed.datapath and observed.datapath.nodes else 0
+            return 0 if drained and not sends_encrypted(observed) else desired.epoch
         case Phase.OFF:
             return 0
 
