@@ -173,12 +173,16 @@ def _run(command: Sequence[str], cwd: Path | None = None) -> str:
 
 
 def main() -> None:
-    """Fills the cache ahead of the tests."""
+    """Fills the cache ahead of the tests. One that is not to be had is no error: its tests are skipped."""
     arguments = argparse.ArgumentParser(description=main.__doc__)
     arguments.add_argument("series", nargs="*", default=list(SUITES), help=f"default: {' '.join(SUITES)}")
     for series in arguments.parse_args().series:
-        kernel = fetch(series)
-        print(f"{series}: {kernel.release} in {kernel.tree}")
+        try:
+            kernel = fetch(series)
+        except KernelUnavailable as error:
+            print(f"{series}: NOT AVAILABLE, its tests will be skipped: {error}")
+        else:
+            print(f"{series}: {kernel.release} in {kernel.tree}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def passes(kernel: Kernel, logs: Path, *tests: str, timeout: float, options: Seq
     completed = run(
         kernel,
         [
-            *(sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--durations=10"),
+            *(sys.executable, "-m", "pytest", "-v", "-s", "-p", "no:cacheprovider", "--durations=10"),
             *(f"--timeout={timeout:.0f}", f"--rootdir={ROOT}", *options, *tests),
         ],
         logs=logs,

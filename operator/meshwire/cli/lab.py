@@ -116,6 +116,14 @@ def down() -> None:
 
 
 @lab.command()
+def programs() -> None:
+    """Print where the control plane's programs are, kubectl among them; builds them where `up` would."""
+    with _progress("control plane") as report:
+        directory = binaries.ensure_binaries(report=report)
+    click.echo(directory)
+
+
+@lab.command()
 def kubeconfig() -> None:
     """Print the path of the administrator's kubeconfig."""
     click.echo(Lab().kubeconfig)
