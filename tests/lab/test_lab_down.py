@@ -15,6 +15,9 @@ from meshwire.lab.lab import Lab
 from meshwire.lab.model import LabError, Settings
 
 run = lambda *command: subprocess.run(command, check=True, capture_output=True, text=True).stdout
+# Mounts of a lab beside would be listed, though hidden.
+while " /run/netns" in Path("/proc/self/mountinfo").read_text():
+    run("umount", "--recursive", "--lazy", "/run/netns")
 run("mount", "-t", "tmpfs", "tmpfs", "/run")
 run("ip", "link", "set", "lo", "up")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwire.lab.capture import Judge, Report, Unreadable, analyse, missed
+from meshwire.lab.capture import Counters, Judge, Report, Unreadable, analyse, counters
 from meshwire.lab.model import PODS, LabError
 
 JUDGE = Judge.of(PODS.values())
@@ -302,13 +302,13 @@ def test_files_that_are_no_recording_are_refused(tmp_path: Path, content: bytes,
         analyse(tmp_path / "a")
 
 
-def test_what_the_recorder_missed_is_known_from_its_last_words() -> None:
-    said = "tcpdump: end\n{} packets captured\n{} packets received by filter\n0 packets dropped by kernel\n"
-    assert missed(said.format(10, 10)) == 0
-    assert missed(said.format(7, 10)) == 3
-    assert missed("1 packet captured\n1 packet received by filter\n") == 0
+def test_what_the_recorder_has_seen_is_known_from_its_words() -> None:
+    final = "tcpdump: end\n7 packets captured\n10 packets received by filter\n1 packet dropped by kernel\n"
+    assert counters(final) == Counters(captured=7, received=10, dropped=1)
+    asked = "tcpdump: 1 packet captured, 1 packet received by filter, 0 packets dropped by kernel\n"
+    assert counters(asked) == Counters(captured=1, received=1, dropped=0)
     with pytest.raises(LabError, match="without its statistics"):
-        missed("Killed")
+        counters("Killed")
 
 
 def test_a_report_without_losses_is_complete() -> None:

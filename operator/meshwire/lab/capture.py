@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import os
 import re
 import signal
 import struct
@@ -25,6 +24,8 @@ WIREGUARD_PORTS: Final = (51871, 51872)
 SNAP_LENGTH: Final = 256
 """Bytes kept of each packet: all headers, also of a packet inside of another."""
 BUFFER_KIB: Final = 32 * 1024
+DRAIN_SECONDS: Final = 30.0
+"""How long tcpdump may take to write what it has been given: on an emulated machine it falls behind."""
 MAX_EXAMPLES: Final = 20
 
 LINKTYPE_ETHERNET: Final = 1
@@ -419,13 +420,23 @@ class Capture:
         if process is None or process.stderr is None:
             raise LabError("no capture runs")
         interfaces = self._interfaces()
-        # What arrived just now is in tcpdump's buffer.
-        time.sleep(0.2)
-        os.kill(process.pid, signal.SIGINT)
-        said = process.stderr.read()
+        # What is on the wire by now, belongs in the record; what comes while we are at it, doesn't.
+        process.send_signal(signal.SIGUSR1)
+        now = counters(process.stderr.readline())
+        deadline = time.monotonic() + DRAIN_SECONDS
+        last = now
+        while last.captured + last.dropped < now.received and time.monotonic() < deadline:
+            time.sleep(0.1)
+            process.send_signal(signal.SIGUSR1)
+            last = counters(process.stderr.readline())
+        process.send_signal(signal.SIGINT)
+        last = counters(process.stderr.read())
         process.stderr.close()
         process.wait()
-        self.report = analyse(self.path, pods=self._pods, dropped=missed(said), interfaces=interfaces)
+        unread = max(0, now.received - last.captured - last.dropped)
+        self.report = analyse(
+            self.path, pods=self._pods, dropped=last.dropped + unread, interfaces=interfaces
+        )
         return self.report
 
     def _interfaces(self, name: str = "") -> dict[int, str]:
@@ -435,12 +446,22 @@ class Capture:
         return {int(match[1]): match[2] for line in lines if (match := re.match(r"(\d+): ([^:@]+)", line))}
 
 
-def missed(statistics: str) -> int:
-    """Packets that tcpdump saw and didn't write, from what it says at its end. Raises LabError where it
-    doesn't."""
-    captured = re.search(r"^(\d+) packets? captured$", statistics, re.MULTILINE)
-    received = re.search(r"^(\d+) packets? received by filter$", statistics, re.MULTILINE)
-    if not captured or not received:
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Packets: read by tcpdump, that passed its filter in the kernel, and of these lost for want of room."""
+
+    captured: int
+    received: int
+    dropped: int
+
+
+def counters(statistics: str) -> Counters:
+    """From what tcpdump says at its end, or at SIGUSR1. Raises LabError where it doesn't."""
+    found = [
+        re.search(rf"(\d+) packets? {what}\b", statistics)
+        for what in ("captured", "received by filter", "dropped by kernel")
+    ]
+    captured, received, dropped = (int(match[1]) if match else None for match in found)
+    if captured is None or received is None or dropped is None:
         raise LabError(f"tcpdump ended without its statistics: {statistics.strip()}")
-    # Those received include those the kernel dropped and those not read yet.
-    return max(0, int(received[1]) - int(captured[1]))
+    return Counters(captured, received, dropped)
