@@ -5,6 +5,7 @@ First a table of cases in words, then random packets against a slow evaluator of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -862,7 +863,11 @@ def can_be_run(data: bytes) -> bool:
     return len(data) >= p.ETHERNET_BYTES + announced
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=1500 // int(os.environ.get("MESHWIRE_SAMPLE", "1")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 @given(data=st.one_of(some_data(), st.binary(max_size=200)), mode=st.sampled_from(sorted(MODES)))
 @example(data=p.frame(p.ipip(ip_address("fd00:9::1"), ip_address("fd00:9::2"), b"\x45")), mode="strict")
 def test_any_packet_gets_the_evaluators_verdict(datapath: Datapath, data: bytes, mode: str) -> None:

@@ -16,6 +16,8 @@ done
 . /run/guest/settings
 mkdir -p "/lib/modules/$(uname -r)"
 mount --bind "$GUEST_MODULES" "/lib/modules/$(uname -r)"
+# Makes /dev/net/tun.
+modprobe tun
 hostname guest
 ip link set lo up
 ulimit -n 65536

@@ -90,8 +90,9 @@ def test_a_network_moves_or_goes_without_touching_the_others(wireguard: KernelWi
     assert peers[other.public_key].endpoint == other.endpoint
 
 
-def test_a_thousand_nodes_become_a_datapath_that_needs_nothing_more() -> None:
-    found = thousand.measure(PEERS)
+def test_many_nodes_become_a_datapath_that_needs_nothing_more() -> None:
+    # A thousand take more than a minute here; they are measured by `make bench`.
+    found = thousand.measure(100)
     print(found)
     assert found["implementation"] == "Kernel"
     assert found["further_actions"] == 0
