@@ -65,6 +65,9 @@ class FakeKernel:
     nodes: dict[int, int] = field(default_factory=dict)
     settings: Settings | None = None
     filters: dict[tuple[str, Direction], str] = field(default_factory=dict)
+    hooked: set[str] = field(default_factory=set)
+    interruptions: int = 0
+    """How often a device that was up lost what it was to send."""
     sysctls: dict[str, str] = field(default_factory=dict)
     endpoints: dict[tuple[str, str], Any] = field(default_factory=dict)
     next_index: int = 10
@@ -81,6 +84,7 @@ class FakeKernel:
             else None,
             pinned=self.loaded,
             attachments=frozenset(Attachment(*hook, program) for hook, program in self.filters.items()),
+            hooked=frozenset(self.hooked),
             sysctls=dict(self.sysctls),
             endpoints=dict(self.endpoints),
             now=self.now,
@@ -107,8 +111,11 @@ class FakeKernel:
             case plans.WriteSettings(written):
                 assert self.loaded
                 self.settings = written
+            case plans.AddClsact(device):
+                self._hook(device)
             case plans.Attach(attachment):
                 assert self.loaded and attachment.device in self.links
+                self._hook(attachment.device)
                 self.filters[attachment.device, attachment.direction] = attachment.program
             case plans.Detach(attachment):
                 del self.filters[attachment.device, attachment.direction]
@@ -128,6 +135,11 @@ class FakeKernel:
                 self.sysctls |= dict(values)
             case plans.ConfigureDevice():
                 self._configure(action)
+
+    def _hook(self, device: str) -> None:
+        """As the kernel adds a clsact."""
+        self.interruptions += device not in self.hooked and self.links[device].up
+        self.hooked.add(device)
 
     def _configure(self, change: plans.ConfigureDevice) -> None:
         state = self.wireguard[change.name]
@@ -164,6 +176,7 @@ class FakeKernel:
     def delete(self, name: str) -> None:
         self.links.pop(name, None)
         self.wireguard.pop(name, None)
+        self.hooked.discard(name)
         for hook in [hook for hook in self.filters if hook[0] == name]:
             del self.filters[hook]
         self.sysctls = {path: value for path, value in self.sysctls.items() if name not in path}
@@ -313,6 +326,7 @@ ON = [
 
 def test_a_node_is_left_as_it_was_found() -> None:
     kernel = make_kernel()
+    converge(kernel, Cluster(Phase.OFF))
     before = dataclasses.asdict(kernel)
     for cluster in [*ON, Cluster(Phase.OFF, 1)]:
         converge(kernel, cluster)
@@ -322,6 +336,17 @@ def test_a_node_is_left_as_it_was_found() -> None:
     for counter in ("next_index", "writes"):
         del before[counter], after[counter]
     assert after == before
+
+
+def test_no_device_is_interrupted_by_turning_encryption_on_and_off() -> None:
+    kernel = make_kernel()
+    converge(kernel, Cluster(Phase.OFF))
+    assert kernel.interruptions == 1, "the uplink's clsact comes before there is anything to lose"
+    for cluster in [*ON, Cluster(Phase.OFF, 1), Cluster(Phase.ENABLING, 2)]:
+        converge(kernel, cluster)
+        kernel.shake_hands()
+        converge(kernel, cluster)
+    assert kernel.interruptions == 1
 
 
 def test_each_pair_moves_when_its_handshake_is_proven() -> None:

@@ -121,8 +121,9 @@ def test_flags_follow_the_phase(phase: Phase, mode: Mode, flags: SettingsFlags) 
     assert wanted.settings.flags == flags
 
 
-def test_off_wants_nothing_at_all() -> None:
-    assert want(member("a", 1, phase=Phase.OFF), member("b", 2)) == Desired(phase=Phase.OFF)
+def test_off_wants_nothing_but_a_place_for_programs() -> None:
+    wanted = want(member("a", 1, phase=Phase.OFF), member("b", 2))
+    assert wanted == Desired(phase=Phase.OFF, hooked=frozenset({"eth0"}))
 
 
 def test_only_enforcing_sends_before_the_handshake() -> None:

@@ -53,10 +53,10 @@ def find_filters(ipr: IPRoute, ifindex: int) -> list[Filter]:
     return [found for direction in Direction for found in _find(ipr, ifindex, direction) if _is_ours(found)]
 
 
-def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -> None:
-    """Makes `program` the first filter of the device and our only one in that direction. A filter of ours
-    that comes first already is replaced in one step; one that others have got in front of keeps working
-    until the new one is in place. Raises Conflict, and NetlinkError, e.g. with ENODEV."""
+def add_clsact(ipr: IPRoute, ifindex: int) -> None:
+    """Makes sure that a device has a clsact. Where it has none, the kernel takes the device's queues out of
+    use for an RCU grace period and drops what is sent meanwhile (qdisc_graft() in net/sched/sch_api.c): do
+    it before there is traffic to lose. Raises Conflict, and NetlinkError, e.g. with ENODEV."""
     try:
         ipr.tc("add", "clsact", ifindex)
     except NetlinkError as error:
@@ -69,6 +69,13 @@ def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -
                 f"device {ifindex} has an ingress qdisc where a clsact is needed: "
                 "whoever added it can use a clsact just as well"
             ) from error
+
+
+def attach(ipr: IPRoute, ifindex: int, direction: Direction, program: Program) -> None:
+    """Makes `program` the first filter of the device and our only one in that direction. A filter of ours
+    that comes first already is replaced in one step; one that others have got in front of keeps working
+    until the new one is in place. Raises Conflict, and NetlinkError, e.g. with ENODEV."""
+    add_clsact(ipr, ifindex)
     filters = list(_find(ipr, ifindex, direction))
     ours = [each for each in filters if _is_ours(each)]
     handle = next(

@@ -115,12 +115,14 @@ class Kernel:
             links = netlink.observe_links(self._ipr)
             if any(_index(links, name) != _index(seen.links, name) for name in DEVICES):
                 stale |= Part.WIREGUARD
+            hooked = self._observe_hooked(links)
             paths = [path for name in DEVICES for path, _ in device_sysctls(name)]
             seen = replace(
                 seen,
                 links=links,
                 routes=netlink.observe_routes(self._ipr),
-                attachments=frozenset(self._observe_attachments(links)),
+                attachments=frozenset(self._observe_attachments(hooked)),
+                hooked=frozenset(hooked.values()),
                 sysctls=netlink.read_sysctls(self._settings.proc_sys, paths),
             )
         if Part.WIREGUARD in stale:
@@ -163,6 +165,8 @@ class Kernel:
                         layouts.SettingsFlag(settings.flags), settings.local_node, settings.tunnel_mtu
                     )
                 )
+            case plans.AddClsact(device):
+                tc.add_clsact(self._ipr, self._index(device))
             case plans.Attach(attachment):
                 tc.attach(
                     self._ipr,
@@ -294,15 +298,18 @@ class Kernel:
             ),
         )
 
-    def _observe_attachments(self, links: Mapping[str, Link]) -> Iterable[Attachment]:
+    def _observe_hooked(self, links: Mapping[str, Link]) -> dict[int, str]:
+        """Index -> name of the devices that have a clsact. One dump says where there can be filters at all:
+        a node has hundreds of pod devices without any."""
         names = {link.index: link.name for link in links.values()}
-        # One dump says where there can be filters at all: a node has hundreds of pod devices without any.
-        candidates = {
-            message["index"]
+        return {
+            message["index"]: names[message["index"]]
             for message in self._ipr.get_qdiscs()
             if message.get_attr("TCA_KIND") == "clsact" and message["index"] in names
         }
-        for index in sorted(candidates):
+
+    def _observe_attachments(self, hooked: Mapping[int, str]) -> Iterable[Attachment]:
+        for index in sorted(hooked):
             for direction in Direction:
                 found = [
                     each
@@ -312,7 +319,7 @@ class Kernel:
                 if not found:
                     continue
                 current = len(found) == 1 and found[0].first and self._is_loaded(found[0])
-                yield Attachment(names[index], direction, found[0].name if current else STALE)
+                yield Attachment(hooked[index], direction, found[0].name if current else STALE)
 
     def _is_loaded(self, found: tc.Filter) -> bool:
         """The filter does what the program we loaded would do."""

@@ -80,12 +80,7 @@ def desired(inputs: Inputs) -> Desired | None:
         return None
     phase, epoch = own.spec.phase, own.spec.epoch
     begins = phase is Phase.ENABLING and not inputs.in_place
-    if phase is Phase.OFF or (begins and inputs.config_refused):
-        return Desired(phase=Phase.OFF)
-
     accepted, problems = _accept(inputs, own)
-    strict = phase is Phase.ENFORCING and inputs.config.encryption.mode is Mode.STRICT
-    devices: tuple[Device, ...] = ()
     paths = find_paths(
         inputs.links,
         inputs.routes,
@@ -96,6 +91,12 @@ def desired(inputs: Inputs) -> Desired | None:
     )
     uplinks = inputs.config.network.uplinks or paths.uplinks
     overlays = inputs.config.network.overlays or paths.overlays
+    hooked = frozenset(name for name in (*uplinks, *overlays) if name in inputs.links)
+    if phase is Phase.OFF or (begins and inputs.config_refused):
+        return Desired(phase=Phase.OFF, hooked=hooked)
+
+    strict = phase is Phase.ENFORCING and inputs.config.encryption.mode is Mode.STRICT
+    devices: tuple[Device, ...] = ()
     mtu = tunnel_mtu(inputs.config, [inputs.links[name] for name in uplinks if name in inputs.links])
     if not uplinks:
         problems.append(Problem("UplinkNotFound", "no device holds the node's address or a default route"))
@@ -109,7 +110,7 @@ def desired(inputs: Inputs) -> Desired | None:
         )
         if not strict:
             # Nothing can be encrypted and nothing must be dropped: leave the node as it is.
-            return Desired(phase=Phase.OFF, epoch=epoch, problems=tuple(problems))
+            return Desired(phase=Phase.OFF, epoch=epoch, hooked=hooked, problems=tuple(problems))
     else:
         devices = tuple(
             _device(inputs, own, accepted, key, mtu)
@@ -131,6 +132,7 @@ def desired(inputs: Inputs) -> Desired | None:
         addresses=_addresses(inputs, own, accepted),
         redirects=_redirects(devices, accepted, own, phase, epoch),
         attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
+        hooked=hooked,
         live_ids=frozenset(
             shares.number
             for name, shares in accepted.items()

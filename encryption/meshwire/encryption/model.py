@@ -219,7 +219,8 @@ class Datapath:
 class Observed:
     """Everything of the kernel that a plan depends on.
 
-    `attachments` are our filters; one whose program is not the loaded one has program `stale`. `datapath` is
+    `attachments` are our filters; one whose program is not the loaded one has program `stale`. `hooked` are
+    the names of devices that have a clsact, whoever's. `datapath` is
     None where programs and maps of this version are not loaded. `sysctls` has what is readable of the paths
     asked for, relative to /proc/sys. `endpoints` is what this agent last set, by device and public key: a
     peer that has roamed since is left alone. `now` is Unix time in seconds."""
@@ -230,6 +231,7 @@ class Observed:
     datapath: Datapath | None = None
     pinned: bool = False
     attachments: frozenset[Attachment] = frozenset()
+    hooked: frozenset[str] = frozenset()
     sysctls: Mapping[str, str] = field(default_factory=dict)
     endpoints: Mapping[tuple[str, str], Endpoint] = field(default_factory=dict)
     implementation: Implementation = Implementation.KERNEL
@@ -278,7 +280,9 @@ class Redirect:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Desired:
     """What the node should be. `settings` None: no datapath and no devices, everything of ours is
-    removed."""
+    removed. `hooked` are devices that should have a clsact, in every phase: as one is added, the kernel
+    drops what the device is to send for the time of an RCU grace period. Turning encryption on must not cost
+    that."""
 
     phase: Phase
     epoch: int = 0
@@ -287,6 +291,7 @@ class Desired:
     addresses: Mapping[Network, AddressEntry] = field(default_factory=dict)
     redirects: Mapping[int, Redirect] = field(default_factory=dict)
     attachments: frozenset[Attachment] = frozenset()
+    hooked: frozenset[str] = frozenset()
     live_ids: frozenset[int] = frozenset()
     """Numbers of the other nodes whose Node is Ready."""
     problems: tuple[Problem, ...] = ()

@@ -97,6 +97,16 @@ class WriteSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class AddClsact:
+    """Without a filter it changes no packet."""
+
+    device: str
+
+    def __str__(self) -> str:
+        return f"add a clsact to {self.device}"
+
+
+@dataclass(frozen=True, slots=True)
 class Attach:
     """Makes the program the hook's first filter; one of ours that is there already is replaced in one
     step."""
@@ -204,6 +214,7 @@ Action = (
     | DeleteAddresses
     | WriteNodes
     | WriteSettings
+    | AddClsact
     | Attach
     | Detach
     | CreateDevice
@@ -219,7 +230,7 @@ Plan = tuple[Action, ...]
 def plan(desired: Desired, observed: Observed) -> Plan:
     """Actions that make `observed` what is `desired`, in an order in which nothing leaks and nothing is lost
     on the way; empty where nothing differs. Stopping after any action and planning again is safe."""
-    return tuple(_turn_off(observed) if desired.settings is None else _turn_on(desired, observed))
+    return tuple(_turn_off(desired, observed) if desired.settings is None else _turn_on(desired, observed))
 
 
 def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
@@ -279,12 +290,13 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     yield from (DeleteDevice(name) for name in DEVICES if name in observed.links and name not in names)
 
 
-def _turn_off(observed: Observed) -> Iterator[Action]:
+def _turn_off(desired: Desired, observed: Observed) -> Iterator[Action]:
     # Guards go first, then what they send to: the other way round, redirects would have nowhere to go.
     yield from (Detach(attachment) for attachment in sorted(observed.attachments))
     yield from (DeleteDevice(name) for name in DEVICES if name in observed.links)
     if observed.pinned:
         yield UnloadDatapath()
+    yield from (AddClsact(name) for name in sorted(desired.hooked - observed.hooked))
 
 
 def _milder(old: Settings | None, new: Settings) -> Settings:
