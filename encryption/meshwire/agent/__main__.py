@@ -6,15 +6,15 @@ import argparse
 import asyncio
 import sys
 
+from meshwire.agent import memory
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="meshwire-agent", description=__doc__)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     arguments = parser.parse_args()
-    # kopf imports the official client to recognise its classes, wherever that is installed: 20 MB which an
-    # agent on every node does without. So this comes before anything imports kopf.
-    sys.modules["kubernetes"] = None  # type: ignore[assignment]
-    from meshwire.agent import daemon, logs, memory
+    memory.import_parts_only()
+    from meshwire.agent import daemon, logs
     from meshwire.agent.settings import InvalidEnvironment, read_settings
     from meshwire.encryption.keys import KeyRefused
     from meshwire.kube.client import NoCluster, find_cluster

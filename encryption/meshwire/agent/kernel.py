@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
-from pyroute2 import IPRoute, NetlinkError
+from pyroute2.iproute import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import userspace
 from meshwire.agent.settings import Settings

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 import aiohttp
-from pyroute2 import NetlinkError
+from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import state
 from meshwire.agent.kernel import Kernel, Metrics, Part

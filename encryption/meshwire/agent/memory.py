@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import sys
+from types import ModuleType
 from typing import Final
 
 # malloc.h of glibc
 _M_TRIM_THRESHOLD: Final = -1
 _M_ARENA_MAX: Final = -8
+
+
+def import_parts_only() -> None:
+    """To be called before anything imports kopf or pyroute2.
+
+    kopf imports the official client to recognise its classes, wherever that is installed: 20 MB which an
+    agent on every node does without. pyroute2 imports all of itself, with a database: 5 MB; with an empty
+    module in its place, each of its modules is imported where it is used."""
+    sys.modules["kubernetes"] = None  # type: ignore[assignment]
+    if spec := importlib.util.find_spec("pyroute2"):
+        sys.modules["pyroute2"] = package = ModuleType("pyroute2")
+        package.__spec__, package.__path__ = spec, list(spec.submodule_search_locations or ())
 
 
 def configure() -> None:

@@ -10,7 +10,8 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final
 
-from pyroute2 import IPRoute, NetlinkError
+from pyroute2.iproute import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.api.fields import Address
 from meshwire.encryption.model import DEVICE_ADDRESS, DEVICES, Link, Route
