@@ -143,6 +143,9 @@ class FakeKernel:
 
     def _configure(self, change: plans.ConfigureDevice) -> None:
         state = self.wireguard[change.name]
+        if not all(peer.remove for peer in change.peers):
+            assert self.links[change.name].up, "it would shake hands and throw away what comes of it"
+            assert (change.name, Direction.INGRESS) in self.filters
         peers = {} if change.fresh else dict(state.peers)
 
         def take(networks: Iterable[Network]) -> None:

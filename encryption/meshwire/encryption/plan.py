@@ -241,8 +241,9 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     #     strict node without a tunnel drops. First time before anything is attached: no packet sees zeroes.
     #  4. Nodes whose device is in place already get it; nodes that have none any more lose it.
     #  5. Uplinks and overlays get their programs, before there is a device: a new node is guarded first.
-    #  6. Each device: made, told its key, port and peers, given sysctls and from_wireguard, and only then
-    #     put up.
+    #  6. Each device: made, told its key and port, given sysctls and from_wireguard, put up, and only then
+    #     told its peers. On current kernels wireguard-go takes its device for up from the start and shakes
+    #     hands with peers that it knows; they would move to a device that throws away what they send.
     #  7. Nodes whose device was not in place before get it: up and configured, it queues until the handshake
     #     is done.
     #  8. Settings become stricter: every way that exists is in use by now.
@@ -342,8 +343,15 @@ def _device_actions(device: Device, observed: Observed, attachments: list[Attach
     link = observed.links.get(device.name)
     if link is None:
         yield CreateDevice(device.name)
-    if configuration := _configuration(device, observed):
-        yield configuration
+    state = observed.wireguard.get(device.name, DeviceState(name=device.name))
+    new_key = state.public_key != device.key.public_key
+    if new_key or state.port != device.port:
+        yield ConfigureDevice(
+            name=device.name,
+            private_key=device.key.private_key if new_key else None,
+            port=device.port if state.port != device.port else None,
+            fresh=new_key and bool(state.peers),
+        )
     wanted = device_sysctls(device.name)
     # A device that isn't there yet has no sysctls to read: write them all.
     known = observed.sysctls if link else dict.fromkeys((path for path, _ in wanted), "")
@@ -354,13 +362,14 @@ def _device_actions(device: Device, observed: Observed, attachments: list[Attach
     has_address = link is not None and DEVICE_ADDRESS in link.addresses
     if link is None or not link.up or link.mtu != device.mtu or not has_address:
         yield SetLink(device.name, device.mtu, add_address=not has_address)
-
-
-def _configuration(device: Device, observed: Observed) -> ConfigureDevice | None:
-    state = observed.wireguard.get(device.name, DeviceState(name=device.name))
-    new_key = state.public_key != device.key.public_key
     # Whatever a device with another key has as peers are that key's.
-    present = {} if new_key else state.peers
+    if change := _changed_peers(device, {} if new_key else state.peers, observed):
+        yield change
+
+
+def _changed_peers(
+    device: Device, present: Mapping[str, PeerState], observed: Observed
+) -> ConfigureDevice | None:
     wanted = {peer.public_key for peer in device.peers}
     removed = tuple(
         PeerChange(public_key=public_key, remove=True)
@@ -379,14 +388,11 @@ def _configuration(device: Device, observed: Observed) -> ConfigureDevice | None
     gained = {network for change in changes for network in change.gain}
     result = ConfigureDevice(
         name=device.name,
-        private_key=device.key.private_key if new_key else None,
-        port=device.port if state.port != device.port else None,
-        fresh=new_key and bool(state.peers),
         # Added peers take over what they share with removed ones, so those go last.
         peers=(*changes, *removed),
         release=tuple(sorted_networks(lost - gained)),
     )
-    return result if result.private_key or result.port or result.peers or result.release else None
+    return result if result.peers or result.release else None
 
 
 def _peer_change(
