@@ -1,5 +1,6 @@
 # Runs as process 1 on the host's root file system: mounts what an ordinary boot would have, runs the command,
 # reports its output and exit code through two virtio ports, and stops the machine.
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup

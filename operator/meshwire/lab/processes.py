@@ -184,9 +184,10 @@ def _signal(pid: int, number: signal.Signals) -> None:
 def _start_time(pid: int) -> int | None:
     """None where there is no such process, or only its exit status is left."""
     with contextlib.suppress(OSError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if state not in "ZX":
+            return int(fields[18])
         # Our own children are zombies until somebody asks for their status.
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else int(fields[18])
     return None
