@@ -1,4 +1,5 @@
-"""One lab for the whole session: three nodes, both families. Tests leave it as they found it."""
+"""One lab for the whole session: three nodes, both families. Tests leave it as they found it, but for
+encryption, which each asks for on or off."""
 
 from __future__ import annotations
 
@@ -43,8 +44,14 @@ def exercise(lab: Lab) -> Exercise:
 
 
 @pytest.fixture
-def encrypted(exercise: Exercise) -> Iterator[Exercise]:
-    """The same with encryption on, off again afterwards."""
+def encrypted(exercise: Exercise) -> Exercise:
+    """The same with encryption on. It stays on: turning it off takes longer than most tests."""
     exercise.set_encryption(True)
-    yield exercise
+    return exercise
+
+
+@pytest.fixture
+def plain(exercise: Exercise) -> Exercise:
+    """The same with encryption off."""
     exercise.set_encryption(False)
+    return exercise

@@ -179,10 +179,10 @@ def test_a_node_without_its_kubelet_becomes_not_ready(lab: Lab) -> None:
     assert ready(lab, "node3")
 
 
-def test_flows_are_counted_and_captured(exercise: Exercise, tmp_path: Path) -> None:
+def test_flows_are_counted_and_captured(plain: Exercise, tmp_path: Path) -> None:
     # Not by the Service: after the reboot before this, kube-proxy may still be about to forget UDP flows to
     # the probe that was there.
-    with exercise.lab.capture(tmp_path / "wire.pcap") as capture, exercise.flows(udp_rate=100) as flows:
+    with plain.lab.capture(tmp_path / "wire.pcap") as capture, plain.flows(udp_rate=100) as flows:
         subprocess.run(["sleep", "1"], check=True)
     assert flows.lost == 0 and flows.broken == []
     report = capture.report

@@ -60,7 +60,7 @@ def devices(exercise: Exercise, node: str) -> list[str]:
 
 
 def test_turned_on_under_traffic_nothing_is_lost_or_in_clear(exercise: Exercise, tmp_path: Path) -> None:
-    with exercise.flows(udp_rate=20, tcp_rate=20_000, services=True) as flows:
+    with exercise.flows(udp_rate=10, tcp_rate=5_000, services=True) as flows:
         exercise.set_encryption(True)
         _say("encrypted")
         with nothing_in_clear(tmp_path):
@@ -82,7 +82,7 @@ def test_status_says_so(exercise: Exercise) -> None:
 
 def test_a_deleted_device_comes_back_and_nothing_leaks_meanwhile(exercise: Exercise, tmp_path: Path) -> None:
     target = exercise.probe("node2").addresses[0]
-    with exercise.flows(udp_rate=20, tcp_rate=20_000) as flows:
+    with exercise.flows(udp_rate=10, tcp_rate=5_000) as flows:
         with nothing_in_clear(tmp_path):
             exercise.lab.on_node("node1", "ip", "link", "delete", "meshwire_wg1")
             exercise.wait_until(lambda: bool(devices(exercise, "node1")), "the device is back")

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 
 import pytest
-from bench import peers as thousand
+from bench import peers as many
 from pyroute2 import IPRoute
 
 from meshwire.encryption import netlink
@@ -92,7 +92,7 @@ def test_a_network_moves_or_goes_without_touching_the_others(wireguard: KernelWi
 
 def test_many_nodes_become_a_datapath_that_needs_nothing_more() -> None:
     # A thousand take more than a minute here; they are measured by `make bench`.
-    found = thousand.measure(100)
+    found = many.measure(100)
     print(found)
     assert found["implementation"] == "Kernel"
     assert found["further_actions"] == 0

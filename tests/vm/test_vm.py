@@ -13,7 +13,7 @@ from tests.vm.machine import run
 from meshwire.lab.binaries import ensure_binaries
 
 ROOT = Path(__file__).parents[2]
-SAMPLE = 10
+SAMPLE = 20
 """Of how many cases of tests/bpf one runs here."""
 TESTS = ("tests/vm/guest_wireguard.py", "tests/bpf", "tests/vm/guest_lab.py")
 SECONDS = 1500.0

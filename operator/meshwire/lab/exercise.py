@@ -24,7 +24,7 @@ from meshwire.lab.model import LabError
 PROBE: Final = "probe"
 """Name of the DaemonSet and the Service."""
 START_SECONDS: Final = 30.0
-END_SECONDS: Final = 30.0
+END_SECONDS: Final = 180.0
 
 
 def probe_objects(families: Sequence[str], namespace: str = "default") -> list[Object]:
