@@ -172,6 +172,14 @@ def test_pods_go_on_while_the_api_server_is_away(exercise: Exercise) -> None:
     assert all(ready(lab, node) for node in lab.nodes)
 
 
+def test_a_pod_that_was_marked_not_ready_is_ready_again(exercise: Exercise) -> None:
+    """As the node controller marks the pods of a node whose lease was late."""
+    name = exercise.probe("node1").name
+    marked = '{"status": {"conditions": [{"type": "Ready", "status": "False"}]}}'
+    exercise.lab.kubectl("patch", "pod", name, "--subresource=status", "-p", marked)
+    exercise.wait_for_probes()
+
+
 def test_a_node_without_its_kubelet_becomes_not_ready(lab: Lab) -> None:
     processes.stop(lab.paths, "node3.node")
     lab.kubectl("wait", "--for=condition=Ready=Unknown", "node/node3", "--timeout=60s")

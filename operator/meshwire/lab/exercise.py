@@ -20,6 +20,7 @@ from meshwire.kube.client import ApiError, Client, Object
 from meshwire.lab import traffic
 from meshwire.lab.lab import Lab, PodRecord
 from meshwire.lab.model import LabError
+from meshwire.lab.pods import is_ready
 
 PROBE: Final = "probe"
 """Name of the DaemonSet and the Service."""
@@ -122,7 +123,7 @@ class Exercise:
         async def problem(client: Client) -> str:
             path = "/api/v1/namespaces/default/pods"
             pods = (await client.get(path, labelSelector=f"app={PROBE}"))["items"]
-            ready = sorted(pod["spec"].get("nodeName", "") for pod in pods if _is_ready(pod))
+            ready = sorted(pod["spec"].get("nodeName", "") for pod in pods if is_ready(pod))
             wanted = sorted(self.lab.nodes)
             return (
                 ""
@@ -278,11 +279,6 @@ class Exercise:
                 await asyncio.sleep(0.1)
 
         self.lab.call(wait)
-
-
-def _is_ready(pod: Object) -> bool:
-    conditions = pod.get("status", {}).get("conditions", ())
-    return any(item["type"] == "Ready" and item["status"] == "True" for item in conditions)
 
 
 def _is_settled(node: Object, phase: str, strict: bool) -> bool:

@@ -44,7 +44,8 @@ from meshwire.lab.model import (
     check_node_name,
     free_index,
 )
-from meshwire.lab.node import boot_id, is_ready
+from meshwire.lab.node import boot_id
+from meshwire.lab.pods import is_ready
 
 DEFAULT_DIRECTORY: Final = Path("/var/lib/meshwire-lab")
 FIRST_PORT: Final = 16443

@@ -49,8 +49,8 @@ HELPER: Final = "meshwire-lab:cni"
 AGENT_ACCOUNT: Final = "meshwire-agent"
 OPERATOR_ACCOUNT: Final = "meshwire-operator"
 
-NODE_MONITOR_GRACE_SECONDS: Final = 10
-"""A node whose lease is older is not ready."""
+NODE_MONITOR_GRACE_SECONDS: Final = 20
+"""A node whose lease is older is not ready. Half of what a cluster waits, and enough for a busy machine."""
 LEASE_RENEWAL_SECONDS: Final = 2.5
 
 MAX_NODES: Final = 200

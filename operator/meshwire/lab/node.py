@@ -31,7 +31,7 @@ from meshwire.lab.model import (
     Settings,
     State,
 )
-from meshwire.lab.pods import Machine, Pool, Worker, pod_key
+from meshwire.lab.pods import Machine, Pool, Worker, is_ready, pod_key
 from meshwire.lab.tokens import keep_token
 from meshwire.lab.watch import RETRY_SECONDS, follow
 
@@ -96,11 +96,6 @@ def boot_id(paths: Paths, node: Node) -> str:
     """Empty where the node is down."""
     holder = processes.find(paths, f"{node.name}.holder")
     return f"{holder.pid}-{holder.started}" if holder else ""
-
-
-def is_ready(node: Object) -> bool:
-    conditions = node.get("status", {}).get("conditions", ())
-    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
 
 
 def _architecture() -> str:

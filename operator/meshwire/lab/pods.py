@@ -188,6 +188,12 @@ def pod_status(
     return status
 
 
+def is_ready(item: Object) -> bool:
+    """Of a pod or a node."""
+    conditions = item.get("status", {}).get("conditions", ())
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+
+
 START_POD: Final = """
 set -e
 echo "$1" > /proc/sys/kernel/hostname
@@ -216,6 +222,9 @@ class Worker:
         self._changed = asyncio.Event()
         self._gone = False
         self._started = _now()
+        self._progress: Progress | None = None
+        self._reporting = asyncio.Lock()
+        self._correction: asyncio.Task[None] | None = None
         self._metadata = pod["metadata"]
         self._path = f"/api/v1/namespaces/{self._metadata['namespace']}/pods/{self._metadata['name']}"
         self._host_network = bool(pod["spec"].get("hostNetwork"))
@@ -235,6 +244,11 @@ class Worker:
     def update(self, pod: Object) -> None:
         self._pod = pod
         self._changed.set()
+        # The node controller marks all pods of a node whose lease was late, and only its kubelet can take
+        # that back.
+        if self._progress and not self._leaving and is_ready(pod) != self._progress.ready:
+            if not self._correction or self._correction.done():
+                self._correction = asyncio.create_task(self._report(self._progress))
 
     def forget(self) -> None:
         """The pod is gone from the API server: nothing is left to confirm."""
@@ -468,12 +482,15 @@ class Worker:
 
     async def _report(self, progress: Progress) -> None:
         """Until the API server has taken it, or the pod is gone."""
-        while not self._gone:
-            body = {
-                # Another pod of the same name is refused as a conflict.
-                "metadata": {"uid": self.uid},
-                "status": pod_status(self._pod, progress, self._machine.addresses, self._started, _now()),
-            }
+        self._progress = progress
+        async with self._reporting:
+            await self._report_latest()
+
+    async def _report_latest(self) -> None:
+        while not self._gone and self._progress:
+            status = pod_status(self._pod, self._progress, self._machine.addresses, self._started, _now())
+            # Another pod of the same name is refused as a conflict.
+            body = {"metadata": {"uid": self.uid}, "status": status}
             try:
                 self._pod = await self._machine.client.patch(
                     f"{self._path}/status", body, content_type=STRATEGIC_MERGE_PATCH
