@@ -19,13 +19,12 @@ from meshwire.api import names
 from meshwire.kube.client import ApiError, Client, Object
 from meshwire.lab import traffic
 from meshwire.lab.lab import Lab, PodRecord
-from meshwire.lab.model import LabError
+from meshwire.lab.model import PATIENCE, LabError
 from meshwire.lab.pods import is_ready
 
 PROBE: Final = "probe"
 """Name of the DaemonSet and the Service."""
-START_SECONDS: Final = 30.0
-END_SECONDS: Final = 180.0
+END_SECONDS: Final = 60.0
 
 
 def probe_objects(families: Sequence[str], namespace: str = "default") -> list[Object]:
@@ -203,7 +202,7 @@ class Exercise:
     def run(self, node: str, *arguments: str) -> Object:
         """`python -m meshwire.lab.traffic ARGUMENTS` in the node's probe; what it found out."""
         command = ("python", "-m", "meshwire.lab.traffic", *arguments)
-        done = self.lab.exec(self.probe(node).name, *command, check=False, timeout=120)
+        done = self.lab.exec(self.probe(node).name, *command, check=False, timeout=120 * PATIENCE)
         try:
             result: Object = json.loads(done.stdout.splitlines()[-1])
         except (IndexError, json.JSONDecodeError):
@@ -258,15 +257,15 @@ class Exercise:
 
     def wait_until(self, condition: Callable[[], bool], what: str, *, seconds: float = 30) -> None:
         """Asks again and again, at most `seconds`."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds * PATIENCE
         while not condition():
             if time.monotonic() > deadline:
-                raise LabError(f"after {seconds:.0f} s still not: {what}")
+                raise LabError(f"after {seconds * PATIENCE:.0f} s still not: {what}")
             time.sleep(0.1)
 
     def _wait(self, problem: Callable[[Client], Any], seconds: float) -> None:
         async def wait(client: Client) -> None:
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + seconds * PATIENCE
             while True:
                 try:
                     found = await problem(client)
@@ -275,7 +274,7 @@ class Exercise:
                 if not found:
                     return
                 if time.monotonic() > deadline:
-                    raise LabError(f"after {seconds:.0f} s {found}")
+                    raise LabError(f"after {seconds * PATIENCE:.0f} s {found}")
                 await asyncio.sleep(0.1)
 
         self.lab.call(wait)
@@ -300,7 +299,7 @@ def _is_settled(node: Object, phase: str, strict: bool) -> bool:
 
 def _read_flows(node: str, process: subprocess.Popen[str]) -> list[Flow]:
     try:
-        output, errors = process.communicate(timeout=END_SECONDS)
+        output, errors = process.communicate(timeout=END_SECONDS * PATIENCE)
     except subprocess.TimeoutExpired:
         raise LabError(f"flows from {node} don't end") from None
     try:

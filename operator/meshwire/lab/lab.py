@@ -34,6 +34,7 @@ from meshwire.lab.files import write_private
 from meshwire.lab.model import (
     CONTROL,
     CONTROL_NETNS,
+    PATIENCE,
     PODS,
     UNDERLAY_NETNS,
     LabError,
@@ -562,7 +563,14 @@ class Lab:
     def _apply_manifests(self, programs: Path) -> None:
         for directory in (SOURCE / "crds", SOURCE / "config/access"):
             self._kubectl(programs, "apply", "-k", str(directory))
-        self._kubectl(programs, "wait", "--for=condition=Established", "--timeout=60s", "crd", "--all")
+        self._kubectl(
+            programs,
+            "wait",
+            "--for=condition=Established",
+            f"--timeout={60 * PATIENCE:.0f}s",
+            "crd",
+            "--all",
+        )
 
     def _apply_bootstrap(self, state: State) -> None:
         async def create(client: Client) -> None:
@@ -602,7 +610,7 @@ class Lab:
         """Until `is_done` gives no reason to wait any longer."""
 
         async def wait(client: Client) -> None:
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + seconds * PATIENCE
             while True:
                 try:
                     problem = await is_done(client)
@@ -614,7 +622,9 @@ class Lab:
                 if dead:
                     raise LabError(f"{', '.join(dead)} ended: {self._tails(dead)}")
                 if time.monotonic() > deadline:
-                    raise LabError(f"after {seconds:.0f} s {problem}; logs are in {self.paths.logs}")
+                    raise LabError(
+                        f"after {seconds * PATIENCE:.0f} s {problem}; logs are in {self.paths.logs}"
+                    )
                 await asyncio.sleep(0.1)
 
         self.call(wait)
@@ -719,7 +729,7 @@ def _missing(*directories: Path) -> tuple[str, ...]:
 
 
 def _wait_for_file(path: Path, problem: str, *, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not path.exists():
         if time.monotonic() > deadline:
             raise LabError(problem)

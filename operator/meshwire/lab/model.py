@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -49,7 +50,10 @@ HELPER: Final = "meshwire-lab:cni"
 AGENT_ACCOUNT: Final = "meshwire-agent"
 OPERATOR_ACCOUNT: Final = "meshwire-operator"
 
-NODE_MONITOR_GRACE_SECONDS: Final = 20
+PATIENCE: Final = float(os.environ.get("MESHWIRE_LAB_PATIENCE", "1"))
+"""How many times longer than usual something may take before it counts as failed: an emulated machine needs
+several."""
+NODE_MONITOR_GRACE_SECONDS: Final = round(20 * PATIENCE)
 """A node whose lease is older is not ready. Half of what a cluster waits, and enough for a busy machine."""
 LEASE_RENEWAL_SECONDS: Final = 2.5
 

@@ -15,12 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from meshwire.lab.model import LabError, Paths
+from meshwire.lab.model import PATIENCE, LabError, Paths
 
 MARK: Final = "MESHWIRE_LAB_ID"
 """Environment variable that says which lab a process belongs to."""
 
-INHERITED: Final = ("HOME", "LANG", "PYTHONPATH", "TMPDIR", "TERM", "GOMAXPROCS", "TZ")
+INHERITED: Final = (
+    "HOME",
+    "LANG",
+    "PYTHONPATH",
+    "TMPDIR",
+    "TERM",
+    "GOMAXPROCS",
+    "TZ",
+    "MESHWIRE_LAB_PATIENCE",
+)
 """Of our own environment; a KUBECONFIG or a proxy setting of the person at the terminal is none of the lab's
 business."""
 
@@ -139,7 +148,7 @@ def marked(lab_id: str) -> Iterator[int]:
 def kill_marked(lab_id: str, *, timeout: float = 10) -> int:
     """SIGKILL to all of them until none is left; their number. Raises LabError."""
     killed: set[int] = set()
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PATIENCE
     while left := [pid for pid in marked(lab_id) if _start_time(pid) is not None]:
         if time.monotonic() > deadline:
             raise LabError(f"processes {left} of the lab don't end")
@@ -167,7 +176,7 @@ def resident_kib(pid: int) -> int:
 
 
 def _wait_until_gone(processes: Iterable[Process], timeout: float) -> bool:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout * PATIENCE
     for process in processes:
         while process.is_running():
             if time.monotonic() > deadline:
