@@ -25,6 +25,9 @@ JSON_PATCH: Final = "application/json-patch+json"
 APPLY_PATCH: Final = "application/apply-patch+yaml"
 
 METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+WATCH_SECONDS: Final = 300
+"""After which the server ends a watch. It says a word about once a minute: one that is silent for longer
+than that is gone."""
 
 Object = dict[str, Any]
 
@@ -194,12 +197,18 @@ class Client:
 
     async def watch(self, path: str, **params: str) -> AsyncIterator[tuple[str, Object]]:
         """(ADDED, MODIFIED, DELETED or BOOKMARK; object), from `resourceVersion` on until the server ends
-        the watch. Raises ApiError 410 where the version is too old: list again."""
+        the watch. Raises ApiError 410 where the version is too old: list again; TimeoutError where the
+        server has fallen silent."""
         async with self._session.get(
             self.cluster.server + path,
-            params={"watch": "true", "allowWatchBookmarks": "true", **params},
+            params={
+                "watch": "true",
+                "allowWatchBookmarks": "true",
+                "timeoutSeconds": str(WATCH_SECONDS),
+                **params,
+            },
             headers=self._headers("application/json"),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=WATCH_SECONDS + 30),
         ) as response:
             await _raise_for_status(response)
             buffer = b""

@@ -19,6 +19,7 @@ import aiohttp
 
 from meshwire.api import names
 from meshwire.kube.client import ApiError, Client, Object, read_kubeconfig
+from meshwire.kube.follow import RETRY_SECONDS, follow
 from meshwire.lab import cni, network, processes
 from meshwire.lab.model import (
     AGENT_ACCOUNT,
@@ -33,7 +34,6 @@ from meshwire.lab.model import (
 )
 from meshwire.lab.pods import Machine, Pool, Worker, is_ready, pod_key
 from meshwire.lab.tokens import keep_token
-from meshwire.lab.watch import RETRY_SECONDS, follow
 
 LEASES: Final = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
@@ -229,7 +229,7 @@ class NodeProcess:
         )
 
     async def _follow_nodes(self) -> None:
-        async for kind, items in follow(self._cni, "/api/v1/nodes"):
+        async for kind, items in follow(self._cni, "/api/v1/nodes", dict):
             if kind == "LISTED":
                 self._nodes.clear()
             for item in items:
@@ -248,7 +248,7 @@ class NodeProcess:
             self._unready.set()
 
     async def _follow_all_pods(self) -> None:
-        async for kind, items in follow(self._cni, "/api/v1/pods"):
+        async for kind, items in follow(self._cni, "/api/v1/pods", dict):
             if kind == "LISTED":
                 self._pods.clear()
             for item in items:
@@ -297,7 +297,7 @@ class NodeProcess:
         )
         workers: dict[str, Worker] = {}
         selector = f"spec.nodeName={self._node.name}"
-        async for kind, items in follow(self._kubelet, "/api/v1/pods", fieldSelector=selector):
+        async for kind, items in follow(self._kubelet, "/api/v1/pods", dict, fieldSelector=selector):
             if kind == "LISTED":
                 listed = {pod["metadata"]["uid"] for pod in items}
                 for worker in workers.values():
