@@ -18,6 +18,9 @@ E = TypeVar("E", bound=StrEnum)
 # equal strings.
 _KEY: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
 _DEVICE: Final = re.compile(r"[^/:\s]{1,15}")
+_LABEL_PART: Final = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
+_LABEL_KEY: Final = re.compile(rf"{_LABEL_PART}(/{_LABEL_PART})?")
+_LABEL_VALUE: Final = re.compile(rf"({_LABEL_PART})?")
 
 
 class InvalidSpec(Exception):
@@ -99,6 +102,19 @@ def device(value: Any, path: str) -> str:
     """A network device's name, as the kernel accepts it."""
     if not _DEVICE.fullmatch(_string(value, path)) or value in {".", ".."}:
         raise InvalidSpec(path, f"{value!r} is no device name (1 to 15 characters, no slash or space)")
+    return str(value)
+
+
+def label_key(value: Any, path: str) -> str:
+    """The key of a label, with or without a prefix before a slash."""
+    if not _LABEL_KEY.fullmatch(_string(value, path)):
+        raise InvalidSpec(path, f"{value!r} is not a label's key")
+    return str(value)
+
+
+def label_value(value: Any, path: str) -> str:
+    if len(_string(value, path)) > 63 or not _LABEL_VALUE.fullmatch(value):
+        raise InvalidSpec(path, f"{value!r} is not a label's value")
     return str(value)
 
 

@@ -18,6 +18,22 @@ RESERVED_PORTS: Final[Mapping[int, str]] = {4789: "VXLAN", 6081: "Geneve", 8472:
 OWN_DEVICES: Final = "meshwire_"
 """Devices whose names start like this are Meshwire's own."""
 
+EXCLUDED_LABELS: Final = frozenset(
+    {
+        "apps.kubernetes.io/pod-index",
+        "batch.kubernetes.io/controller-uid",
+        "batch.kubernetes.io/job-completion-index",
+        "batch.kubernetes.io/job-name",
+        "controller-revision-hash",
+        "controller-uid",
+        "job-name",
+        "pod-template-generation",
+        "pod-template-hash",
+        "statefulset.kubernetes.io/pod-name",
+    }
+)
+"""Labels that tell one pod from its siblings: no part of identities unless the MeshConfig says so."""
+
 
 class Mode(StrEnum):
     STRICT = "Strict"
@@ -51,11 +67,21 @@ class NetworkSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySettings:
+    enabled: bool = False
+    network_policies: bool = True
+    """NetworkPolicies are enforced too."""
+    excluded_labels: frozenset[str] = EXCLUDED_LABELS
+    """Keys of pods' own labels that are no part of identities."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeshConfig:
-    """`MeshConfig()` is what holds while nobody has written one: encryption off."""
+    """`MeshConfig()` is what holds while nobody has written one: encryption and policy off."""
 
     encryption: Encryption = field(default_factory=Encryption)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     uid: str = ""
     resource_version: str = ""
     generation: int = 0
@@ -68,6 +94,7 @@ class MeshConfig:
         return cls(
             encryption=_encryption(fields.child(spec, "encryption", "spec")),
             network=_network(fields.child(spec, "network", "spec")),
+            policy=_policy(fields.child(spec, "policy", "spec")),
             uid=fields.text(metadata, "uid", "metadata"),
             resource_version=fields.text(metadata, "resourceVersion", "metadata"),
             generation=fields.integer(metadata, "generation", "metadata", default=0),
@@ -104,6 +131,19 @@ def _network(source: Mapping[str, Any]) -> NetworkSettings:
     if 0 < mtu < 1280:
         raise InvalidSpec(f"{path}.mtu", "must be 0 (found by itself) or 1280 to 65535: IPv6 needs 1280")
     return NetworkSettings(cluster_cidrs=cidrs, uplinks=uplinks, overlays=overlays, mtu=mtu)
+
+
+def _policy(source: Mapping[str, Any]) -> PolicySettings:
+    path = "spec.policy"
+    return PolicySettings(
+        enabled=fields.boolean(source, "enabled", path, default=False),
+        network_policies=fields.boolean(source, "networkPolicies", path, default=True),
+        excluded_labels=(
+            frozenset(fields.listed(source, "excludedLabels", path, fields.label_key))
+            if source.get("excludedLabels") is not None
+            else EXCLUDED_LABELS
+        ),
+    )
 
 
 def _foreign_device(value: Any, path: str) -> str:

@@ -11,6 +11,22 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 MESHCONFIGS: Final = "meshconfigs"
 MESHNODES: Final = "meshnodes"
 MESHSTATUSES: Final = "meshstatuses"
+MESHPOLICIES: Final = "meshpolicies"
+CLUSTERMESHPOLICIES: Final = "clustermeshpolicies"
+MESHIDENTITIES: Final = "meshidentities"
+MESHENDPOINTSLICES: Final = "meshendpointslices"
+MESHPOLICYREPORTS: Final = "meshpolicyreports"
+RESOURCES: Final = (
+    MESHCONFIGS,
+    MESHNODES,
+    MESHSTATUSES,
+    MESHPOLICIES,
+    CLUSTERMESHPOLICIES,
+    MESHIDENTITIES,
+    MESHENDPOINTSLICES,
+    MESHPOLICYREPORTS,
+)
+"""All of our own."""
 
 CONFIG_NAME: Final = "default"
 """The one MeshConfig the API server accepts."""
@@ -31,6 +47,9 @@ SEALED_TO_ANNOTATION: Final = "meshwire.dev/sealed-to"
 PUBLIC_KEY_ANNOTATION: Final = "meshwire.dev/public-key-epoch-"
 """On a key Secret, followed by the epoch: the public half (base64) of the private key under the data key
 `epoch-N`."""
+
+UNUSED_SINCE_ANNOTATION: Final = "meshwire.dev/unused-since"
+"""On a MeshIdentity that no pod has: since when (RFC 3339)."""
 
 MAX_NODE_ID: Final = 16383
 """Node numbers run from 1; 0 stands for a node nobody knows. Bounds the datapath's `nodes` map."""
