@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from pyroute2 import netns
 
-from meshwire.bpf.loader import OBJECTS, Programs
+from meshwire.bpf.loader import OBJECTS, POLICY_OBJECTS, Programs
 from meshwire.bpf.maps import Maps
+from meshwire.bpf.policymaps import PolicyMaps
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,6 +61,23 @@ def programs(pins: Path, objects: Path) -> Iterator[Programs]:
 @pytest.fixture(scope="module")
 def maps(pins: Path, programs: Programs) -> Iterator[Maps]:
     with Maps.open(pins) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def policy_pins(bpffs: Path) -> Path:
+    return bpffs / "policy"
+
+
+@pytest.fixture(scope="module")
+def policy_programs(policy_pins: Path, objects: Path) -> Iterator[Programs]:
+    with Programs.load(policy_pins, objects=POLICY_OBJECTS) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def policy_maps(policy_pins: Path, policy_programs: Programs) -> Iterator[PolicyMaps]:
+    with PolicyMaps.open(policy_pins) as opened:
         yield opened
 
 

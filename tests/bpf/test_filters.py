@@ -209,3 +209,64 @@ def test_an_ingress_qdisc_is_a_conflict(device: Device, program: Program, direct
         tc.attach(device.ipr, device.index, direction, program)
     assert "ingress" in device.qdiscs()
     assert device.filters(Direction.INGRESS) == []
+
+
+@pytest.fixture
+def policy(policy_programs: Programs) -> Program:
+    return policy_programs.get(loader.POLICY_OUT)
+
+
+@pytest.mark.parametrize("encrypting_first", [True, False], ids=["encryption first", "policy first"])
+@directions
+def test_policy_runs_behind_encryption(
+    device: Device, program: Program, policy: Program, direction: Direction, encrypting_first: bool
+) -> None:
+    def encrypt() -> None:
+        tc.attach(device.ipr, device.index, direction, program)
+
+    if encrypting_first:
+        encrypt()
+    for _ in range(2):
+        tc.attach(device.ipr, device.index, direction, policy, tc.POLICY_OUT)
+        encrypt()
+        assert device.filters(direction) == [
+            (program.name, tc.PRIORITY, tc.HANDLE),
+            (policy.name, tc.POLICY_OUT.priority, tc.POLICY_HANDLE),
+        ]
+    (encrypting,) = tc.find_filters(device.ipr, device.index)
+    (ours,) = tc.find_filters(device.ipr, device.index, tc.POLICY_OUT)
+    assert (encrypting.name, encrypting.first) == (program.name, True)
+    assert (ours.name, ours.first) == (policy.name, True)
+
+    tc.detach(device.ipr, encrypting)
+    assert tc.find_filters(device.ipr, device.index, tc.POLICY_OUT) == [ours]
+    tc.detach(device.ipr, ours)
+    assert device.filters(direction) == []
+
+
+@directions
+def test_policy_comes_first_of_its_priority_again(
+    device: Device, program: Program, policy: Program, direction: Direction
+) -> None:
+    tc.attach(device.ipr, device.index, direction, policy, tc.POLICY_OUT)
+    device.add_foreign(program, direction, handle=1, priority=2)
+    (behind,) = tc.find_filters(device.ipr, device.index, tc.POLICY_OUT)
+    assert not behind.first
+    tc.attach(device.ipr, device.index, direction, policy, tc.POLICY_OUT)
+    (again,) = tc.find_filters(device.ipr, device.index, tc.POLICY_OUT)
+    assert again.first
+    assert device.filters(direction) == [(policy.name, 2, again.handle), ("their_filter", 2, 1)]
+
+
+@directions
+def test_a_pods_policy_comes_before_everybody_elses(
+    device: Device, program: Program, policy: Program, direction: Direction
+) -> None:
+    device.ipr.tc("add", "clsact", device.index)
+    device.add_foreign(program, direction, handle=1)
+    tc.attach(device.ipr, device.index, direction, policy, tc.POLICY_POD)
+    assert device.filters(direction) == [(policy.name, 1, tc.POLICY_HANDLE), ("their_filter", 1, 1)]
+    # A device that was an uplink once.
+    tc.attach(device.ipr, device.index, direction, policy, tc.POLICY_OUT)
+    tc.attach(device.ipr, device.index, direction, policy, tc.POLICY_POD)
+    assert [name for name, _, _ in device.filters(direction)] == [policy.name, "their_filter"]

@@ -4,6 +4,7 @@
 
 #include <meshwire/maps.h>
 #include <meshwire/parse.h>
+#include <meshwire/transport.h>
 
 /* How much of the packet the error quotes, IP header included: enough for 60 bytes of IPv4 header or a
  * few of IPv6's extensions, and the transport header. A multiple of four, for the checksum. */
@@ -14,19 +15,6 @@
 #define MW_ICMP_TOS 0xc0 /* network control, as the kernel's own errors */
 
 #define MW_ICMP_PER_SECOND 256 /* and CPU */
-#define MW_SECOND 1000000000ULL
-
-/* RFC 792 and RFC 4443. linux/icmp.h would bring in the C library's headers. */
-enum mw_icmp4_type {
-	MW_ICMP4_UNREACHABLE = 3,
-	MW_ICMP4_SOURCE_QUENCH = 4,
-	MW_ICMP4_REDIRECT = 5,
-	MW_ICMP4_TIME_EXCEEDED = 11,
-	MW_ICMP4_PARAMETER_PROBLEM = 12,
-};
-#define MW_ICMP4_FRAGMENTATION_NEEDED 4 /* code of MW_ICMP4_UNREACHABLE */
-#define MW_ICMP6_TOO_BIG 2
-#define MW_ICMP6_NO_ERROR 128 /* types from here on */
 
 /* "Fragmentation needed" and "packet too big": for IPv4, the MTU is the lower half of the word. */
 struct mw_icmp_too_big {

@@ -5,6 +5,7 @@
 #include <linux/tcp.h>
 
 #include <meshwire/parse.h>
+#include <meshwire/transport.h>
 
 #define MW_TCP_OPTION_END 0
 #define MW_TCP_OPTION_NOP 1
@@ -20,8 +21,6 @@ struct mw_tcp_flags {
 	__u8 offset; /* of the data, in the upper four bits, in units of four bytes */
 	__u8 flags;
 };
-
-#define MW_TCP_SYN 0x02
 
 static __always_inline bool has_tcp(const struct mw_packet *packet)
 {

@@ -21,8 +21,10 @@
 #define MW_MAX_EXTENSION_HEADERS 8
 
 #define MW_IPV4_DF 0x4000
+#define MW_IPV4_MORE 0x2000
 #define MW_IPV4_OFFSET 0x1fff
 #define MW_IPV6_OFFSET 0xfff8
+#define MW_IPV6_MORE 0x0001
 
 enum mw_parse_result {
 	MW_NOT_IP = 0,
@@ -39,7 +41,9 @@ struct mw_packet {
 	bool tagged; /* there is a VLAN tag between the Ethernet and the IP header */
 	bool df;
 	bool later_fragment; /* not the first: there is no transport header */
+	bool first_fragment;
 	bool no_transport; /* the chain of IPv6 extension headers couldn't be followed to its end */
+	__u32 identification; /* of a fragment, as it is in the header */
 };
 
 /* Any header of an extension chain but the fragment header; AH counts its length in other units. */
@@ -72,6 +76,8 @@ static __always_inline int parse_ipv4(struct __sk_buff *skb, __u32 offset, struc
 	packet->protocol = ip.protocol;
 	packet->df = fragment & MW_IPV4_DF;
 	packet->later_fragment = fragment & MW_IPV4_OFFSET;
+	packet->first_fragment = !packet->later_fragment && fragment & MW_IPV4_MORE;
+	packet->identification = ip.id;
 	packet->no_transport = false;
 	if (packet->l4 > skb->len)
 		return MW_UNREADABLE;
@@ -96,8 +102,10 @@ static __always_inline int parse_ipv6(struct __sk_buff *skb, __u32 offset, struc
 	packet->l3 = offset;
 	packet->l4 = offset + sizeof(ip);
 	packet->protocol = ip.nexthdr;
+	packet->identification = 0;
 	packet->df = true; /* nobody but the sender fragments IPv6 */
 	packet->later_fragment = false;
+	packet->first_fragment = false;
 	packet->no_transport = false;
 
 	packet->src = (struct mw_prefix){ .prefixlen = 32 + 128, .family = MW_IPV6 };
@@ -140,8 +148,11 @@ static __always_inline void parse_extension_headers(struct __sk_buff *skb, struc
 				goto lost;
 			packet->protocol = fragment.next;
 			packet->l4 += sizeof(fragment);
+			packet->identification = fragment.identification;
+			packet->first_fragment = bpf_ntohs(fragment.offset) & MW_IPV6_MORE;
 			if (bpf_ntohs(fragment.offset) & MW_IPV6_OFFSET) {
 				packet->later_fragment = true;
+				packet->first_fragment = false;
 				return;
 			}
 			break;

@@ -6,6 +6,7 @@
 
 #define MW_MAX_PREFIXES 131072
 #define MW_MAX_NODES 16384
+#define MW_SECOND 1000000000ULL /* of bpf_ktime_get_ns */
 /* Room in `metrics`: a version with more reasons shares the map of one with fewer. */
 #define MW_MAX_REASONS 256
 
@@ -14,8 +15,8 @@ enum mw_family {
 	MW_IPV6 = 6,
 };
 
-/* Key of `ipcache`. The family is part of the prefix, so the two families share one trie and never match
- * each other: prefixlen counts the 32 bits of the family word too (10.1.0.0/16 is 48). */
+/* Key of `ipcache` and `cidrs`. The family is part of the prefix, so the two families share one trie and
+ * never match each other: prefixlen counts the 32 bits of the family word too (10.1.0.0/16 is 48). */
 struct mw_prefix {
 	__u32 prefixlen;
 	__u8 family; /* enum mw_family */
@@ -82,10 +83,22 @@ enum mw_reason {
 	MW_DROP_NO_SUCH_POD = 136, /* strict: for a pod address of this node that no pod has, on its way back to
 				    * the wire */
 	MW_CLEAR_ARRIVED = 8, /* Permissive: came in clear although encryption is in force */
-	MW_REASONS = 137,
+	/* By the policy programs, in `policy_metrics`; these count no others but NOT_OURS and MALFORMED. */
+	MW_POLICY_ALLOWED = 9, /* by a rule */
+	MW_POLICY_REPLY = 10, /* of a flow that was let through, or an ICMP error about one */
+	MW_POLICY_NONE = 11, /* no rule says anything, and nothing is denied by default */
+	MW_POLICY_WOULD_DENY = 12, /* let through, and dropped if policies in mode Audit were enforced */
+	MW_POLICY_DEFERRED = 13, /* to a service address: judged again where the real destination is known */
+	MW_DROP_POLICY_INGRESS = 137,
+	MW_DROP_POLICY_EGRESS = 138,
+	MW_DROP_SPOOFED_SOURCE = 139, /* by a pod, from an address that is not its own */
+	MW_DROP_WRONG_POD = 140, /* to a pod, for an address that is not its own */
+	MW_DROP_FRAGMENT_UNKNOWN = 141, /* a later fragment whose first one was not seen, or not let through */
+	MW_DROP_UNKNOWN_POD = 142, /* to or from an address of this node's pods that none is known to have (yet) */
+	MW_REASONS = 143,
 };
 
-/* Value of `metrics`, one per CPU. */
+/* Value of `metrics` and `policy_metrics`, one per CPU. */
 struct mw_counter {
 	__u64 packets;
 	__u64 bytes;

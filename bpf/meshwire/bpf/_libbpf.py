@@ -59,6 +59,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int,
         [c_int, c_void_p, c_void_p, c_void_p, c_void_p, POINTER(c_uint32), c_void_p],
     ),
+    "bpf_map_update_batch": (c_int, [c_int, c_void_p, c_void_p, POINTER(c_uint32), c_void_p]),
+    "bpf_map_delete_batch": (c_int, [c_int, c_void_p, POINTER(c_uint32), c_void_p]),
+    "ring_buffer__new": (c_void_p, [c_int, c_void_p, c_void_p, c_void_p]),
+    "ring_buffer__poll": (c_int, [c_void_p, c_int]),
+    "ring_buffer__consume": (c_int, [c_void_p]),
+    "ring_buffer__epoll_fd": (c_int, [c_void_p]),
+    "ring_buffer__free": (None, [c_void_p]),
     "btf__parse_elf": (c_void_p, [c_char_p, c_void_p]),
     "btf__load_from_kernel_by_id": (c_void_p, [c_uint32]),
     "btf__free": (None, [c_void_p]),
@@ -70,6 +77,8 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 
 # A va_list arrives as a pointer on x86-64 (array type) and on arm64 (a composite over 16 bytes).
 _PrintFunction = CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
+# ring_buffer_sample_fn: context, record, its bytes
+SampleFunction = CFUNCTYPE(c_int, c_void_p, c_void_p, c_size_t)
 _messages = threading.local()
 
 

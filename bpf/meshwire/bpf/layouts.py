@@ -49,6 +49,11 @@ class Reason(IntEnum):
     TOO_BIG_ANSWERED = 6
     MSS_CLAMPED = 7
     CLEAR_ARRIVED = 8
+    POLICY_ALLOWED = 9
+    POLICY_REPLY = 10
+    POLICY_NONE = 11
+    POLICY_WOULD_DENY = 12
+    POLICY_DEFERRED = 13
     DROP_NO_TUNNEL = 128
     DROP_UNKNOWN_NODE = 129
     DROP_CLEAR_ARRIVED = 130
@@ -58,14 +63,25 @@ class Reason(IntEnum):
     DROP_ENCAPSULATED = 134
     DROP_BAD_DESTINATION = 135
     DROP_NO_SUCH_POD = 136
+    DROP_POLICY_INGRESS = 137
+    DROP_POLICY_EGRESS = 138
+    DROP_SPOOFED_SOURCE = 139
+    DROP_WRONG_POD = 140
+    DROP_FRAGMENT_UNKNOWN = 141
+    DROP_UNKNOWN_POD = 142
 
     @property
     def dropped(self) -> bool:
         return self >= 128
 
+    @property
+    def of_policy(self) -> bool:
+        """Counted by the policy programs alone."""
+        return Reason.POLICY_ALLOWED <= self <= Reason.POLICY_DEFERRED or self >= Reason.DROP_POLICY_INGRESS
+
 
 class Prefix(ctypes.Structure):
-    """`struct mw_prefix`, the key of `ipcache`."""
+    """`struct mw_prefix`, the key of `ipcache` and `cidrs`."""
 
     _fields_ = [
         ("prefixlen", ctypes.c_uint32),
@@ -102,6 +118,6 @@ class Settings(ctypes.Structure):
 
 
 class Counter(ctypes.Structure):
-    """`struct mw_counter`, the value of `metrics`, one per CPU."""
+    """`struct mw_counter`, the value of `metrics` and `policy_metrics`, one per CPU."""
 
     _fields_ = [("packets", ctypes.c_uint64), ("bytes", ctypes.c_uint64)]

@@ -24,6 +24,8 @@ from meshwire.bpf._libbpf import (
 from meshwire.bpf._libbpf import program_info as read_program_info
 
 OBJECTS: Final = Path(__file__).parent / "objects"
+POLICY_OBJECTS: Final = OBJECTS / "policy"
+"""The policy programs. Their maps have a pin directory of their own."""
 PIN_DIRECTORY: Final = Path("/sys/fs/bpf/meshwire")
 
 TO_NETDEV: Final = "mw_to_netdev"
@@ -31,6 +33,13 @@ TO_NETDEV_L3: Final = "mw_to_netdev_l3"
 FROM_NETDEV: Final = "mw_from_netdev"
 FROM_NETDEV_L3: Final = "mw_from_netdev_l3"
 FROM_WIREGUARD: Final = "mw_from_wireguard"
+
+FROM_POD: Final = "mwp_from_pod"
+TO_POD: Final = "mwp_to_pod"
+POLICY_OUT: Final = "mwp_policy_out"
+POLICY_OUT_L3: Final = "mwp_policy_out_l3"
+POLICY_IN: Final = "mwp_policy_in"
+POLICY_IN_L3: Final = "mwp_policy_in_l3"
 
 # Address space, not memory: pages of the log that the verifier doesn't write are never touched.
 _LOG_BYTES: Final = 16 << 20
@@ -121,6 +130,17 @@ def program_info(program_id: int) -> tuple[str, str, frozenset[int]]:
     return info.name.decode(), bytes(info.tag).hex(), map_ids
 
 
+def does_the_same(program_id: int, program: Program) -> bool:
+    """Whether a loaded program, an earlier agent's perhaps, does what `program` would do."""
+    if program_id == program.id:
+        return True
+    try:
+        _, tag, map_ids = program_info(program_id)
+    except OSError:
+        return False
+    return (tag, map_ids) == (program.tag, program.map_ids)
+
+
 def instructions(program: Program) -> tuple[int, int]:
     """(instructions after verification, instructions the verifier went through) of a loaded program. Raises
     OSError."""
@@ -189,13 +209,17 @@ def _check_compatible(handle: int, declared: int) -> None:
     ):
         if want != have:
             raise IncompatibleMap(Path(os.fsdecode(path)), f"{what} is {have}, these programs need {want}")
+    types = (bpf.bpf_map__btf_key_type_id(declared), bpf.bpf_map__btf_value_type_id(declared))
+    if not any(types):
+        # A ring buffer: the kernel knows nothing of its records.
+        return
     if not pinned.btf_id:
         raise IncompatibleMap(Path(os.fsdecode(path)), "it has no type information")
     ours = btf.Btf(bpf.bpf_object__btf(handle))
     with btf.read_kernel(pinned.btf_id) as theirs:
         for what, want, have in (
-            ("key", bpf.bpf_map__btf_key_type_id(declared), pinned.btf_key_type_id),
-            ("value", bpf.bpf_map__btf_value_type_id(declared), pinned.btf_value_type_id),
+            ("key", types[0], pinned.btf_key_type_id),
+            ("value", types[1], pinned.btf_value_type_id),
         ):
             if ours.layout(want) != theirs.layout(have):
                 raise IncompatibleMap(Path(os.fsdecode(path)), f"the fields of its {what} differ")

@@ -3,27 +3,17 @@ them."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from ctypes import byref, c_uint32
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from meshwire.bpf import layouts
+from meshwire.bpf._elements import Network as Network
+from meshwire.bpf._elements import delete, items, network_of, open_pinned, prefix_of, update
 from meshwire.bpf._libbpf import check, library
-from meshwire.bpf.layouts import FAMILY_BITS, AddressFlag, Direction, Family, Reason, SettingsFlag
-
-Network = IPv4Network | IPv6Network
-
-# The kernel's own, from before there was a number for it in errno.h.
-_ENOTSUPP = 524
-_BATCH = 4096
+from meshwire.bpf.layouts import AddressFlag, Direction, Reason, SettingsFlag
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +48,18 @@ class Ipcache:
 
     def read(self) -> dict[Network, AddressEntry]:
         return {
-            _network(key): AddressEntry(value.identity, value.node, AddressFlag(value.flags))
-            for key, value in _items(self._fd, layouts.Prefix, layouts.Address)
+            network_of(key): AddressEntry(value.identity, value.node, AddressFlag(value.flags))
+            for key, value in items(self._fd, layouts.Prefix, layouts.Address)
         }
 
     def update(self, network: Network, entry: AddressEntry) -> None:
         """Adds or replaces in one step: a packet sees the old entry or the new one."""
         value = layouts.Address(identity=entry.identity, node=entry.node, flags=entry.flags)
-        _update(self._fd, _prefix(network), value, f"writing {network} to ipcache")
+        update(self._fd, prefix_of(network), value, f"writing {network} to ipcache")
 
     def delete(self, network: Network) -> None:
         """A prefix that isn't there is no error."""
-        result = library().bpf_map_delete_elem(self._fd, byref(_prefix(network)))
-        if result != -errno.ENOENT:
-            check(result, f"deleting {network} from ipcache")
+        delete(self._fd, prefix_of(network), f"deleting {network} from ipcache")
 
 
 class Nodes:
@@ -84,13 +72,13 @@ class Nodes:
         """Nodes that have a device."""
         return {
             number: value.wg_ifindex
-            for number, value in _items(self._fd, c_uint32, layouts.Node)
+            for number, value in items(self._fd, c_uint32, layouts.Node)
             if value.wg_ifindex
         }
 
     def update(self, node: int, ifindex: int) -> None:
         """`ifindex` 0: no tunnel."""
-        _update(self._fd, c_uint32(node), layouts.Node(wg_ifindex=ifindex), f"writing node {node}")
+        update(self._fd, c_uint32(node), layouts.Node(wg_ifindex=ifindex), f"writing node {node}")
 
 
 class Settings:
@@ -107,7 +95,7 @@ class Settings:
 
     def write(self, entry: SettingsEntry) -> None:
         value = layouts.Settings(flags=entry.flags, local_node=entry.local_node, tunnel_mtu=entry.tunnel_mtu)
-        _update(self._fd, c_uint32(0), value, "writing settings")
+        update(self._fd, c_uint32(0), value, "writing settings")
 
 
 class Metrics:
@@ -120,7 +108,7 @@ class Metrics:
         """Summed over all CPUs, every reason and direction."""
         cpus = check(library().libbpf_num_possible_cpus(), "counting CPUs")
         directions = len(Direction)
-        found = dict(_items(self._fd, c_uint32, layouts.Counter * cpus))
+        found = dict(items(self._fd, c_uint32, layouts.Counter * cpus))
         return {
             (reason, direction): Counter(
                 sum(each.packets for each in found[reason * directions + direction]),
@@ -149,10 +137,7 @@ class Maps:
         with ExitStack() as resources:
 
             def opened(name: str) -> int:
-                path = pin_directory / name
-                fd = check(library().bpf_obj_get(os.fsencode(path)), str(path))
-                resources.callback(os.close, fd)
-                return fd
+                return open_pinned(pin_directory / name, resources)
 
             return cls(
                 Ipcache(opened("ipcache")),
@@ -172,59 +157,3 @@ class Maps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _prefix(network: Network) -> layouts.Prefix:
-    address = network.network_address.packed
-    return layouts.Prefix(
-        prefixlen=FAMILY_BITS + network.prefixlen,
-        family=Family(network.version),
-        addr=(ctypes.c_uint8 * 16)(*address),
-    )
-
-
-def _network(prefix: layouts.Prefix) -> Network:
-    length = prefix.prefixlen - FAMILY_BITS
-    address = bytes(prefix.addr)
-    if prefix.family == Family.IPV4:
-        return IPv4Network((address[:4], length))
-    return IPv6Network((address, length))
-
-
-def _update(fd: int, key: ctypes._CData, value: ctypes._CData, what: str) -> None:
-    check(library().bpf_map_update_elem(fd, byref(key), byref(value), 0), what)
-
-
-def _items(
-    fd: int, key_type: type[Any], value_type: type[Any], batch: int = _BATCH
-) -> Iterator[tuple[Any, Any]]:
-    """Everything in a map, with few system calls; ctypes hands simple types over as Python values."""
-    keys, values = (key_type * batch)(), (value_type * batch)()
-    position: object = None
-    while True:
-        count, following = c_uint32(batch), key_type()
-        result = library().bpf_map_lookup_batch(
-            fd, position, byref(following), byref(keys), byref(values), byref(count), None
-        )
-        # LPM tries learned batches in 5.13, others may never.
-        if result == -_ENOTSUPP and position is None:
-            yield from _items_one_by_one(fd, key_type, value_type)
-            return
-        if result != -errno.ENOENT:
-            check(result, "reading a map")
-        yield from zip(keys[: count.value], values[: count.value], strict=True)
-        if result == -errno.ENOENT:
-            return
-        position = byref(following)
-
-
-def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any]]:
-    keys, values = (key_type * 1)(), (value_type * 1)()
-    position: object = None
-    while (result := library().bpf_map_get_next_key(fd, position, byref(keys))) != -errno.ENOENT:
-        check(result, "reading a map")
-        position = byref(keys)
-        # Only we write, but a key that went away meanwhile is no reason to fail.
-        if (found := library().bpf_map_lookup_elem(fd, byref(keys), byref(values))) != -errno.ENOENT:
-            check(found, "reading a map")
-            yield keys[0], values[0]

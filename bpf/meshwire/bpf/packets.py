@@ -17,6 +17,7 @@ ETH_P_TEB: Final = 0x6558
 
 HOP_BY_HOP: Final = 0
 ICMP: Final = 1
+IGMP: Final = 2
 IPIP: Final = 4
 TCP: Final = 6
 UDP: Final = 17
@@ -26,12 +27,15 @@ FRAGMENT: Final = 44
 AUTHENTICATION: Final = 51
 ICMPV6: Final = 58
 DESTINATION_OPTIONS: Final = 60
+SCTP: Final = 132
 
 VXLAN_PORT: Final = 4789
 VXLAN_PORT_LINUX: Final = 8472
 GENEVE_PORT: Final = 6081
 
+FIN: Final = 0x01
 SYN: Final = 0x02
+RST: Final = 0x04
 ACK: Final = 0x10
 
 ETHERNET_BYTES: Final = 14
@@ -77,6 +81,8 @@ def ipv4(
     df: bool = False,
     more: bool = False,
     offset: int = 0,
+    identification: int = 1,
+    ttl: int = 64,
     options: bytes = b"",
 ) -> bytes:
     """`offset` of a fragment is in bytes; `options` are padded to four bytes."""
@@ -84,7 +90,15 @@ def ipv4(
     length = 20 + len(options)
     flags = df << 14 | more << 13 | offset // 8
     head = struct.pack(
-        "!BBHHHBBH", 4 << 4 | length // 4, 0, length + len(payload), 1, flags, 64, protocol, 0
+        "!BBHHHBBH",
+        4 << 4 | length // 4,
+        0,
+        length + len(payload),
+        identification,
+        flags,
+        ttl,
+        protocol,
+        0,
     )
     header = head + src.packed + dst.packed + options
     return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + payload
@@ -96,6 +110,7 @@ def ipv6(
     protocol: int,
     payload: bytes,
     *,
+    hop_limit: int = 64,
     extensions: tuple[tuple[int, bytes], ...] = (),
 ) -> bytes:
     """`extensions` are (type, all of the header but its first byte)."""
@@ -103,7 +118,7 @@ def ipv6(
     chain = b"".join(
         bytes([following]) + rest for (_, rest), following in zip(extensions, kinds[1:], strict=True)
     )
-    head = struct.pack("!IHBB", 6 << 28, len(chain) + len(payload), kinds[0], 64)
+    head = struct.pack("!IHBB", 6 << 28, len(chain) + len(payload), kinds[0], hop_limit)
     return head + src.packed + dst.packed + chain + payload
 
 
@@ -123,21 +138,50 @@ def udp(src: Address, dst: Address, payload: bytes, *, sport: int = 40000, dport
 
 
 def tcp_segment(
-    src: Address, dst: Address, *, flags: int, options: bytes = b"", payload: bytes = b""
+    src: Address,
+    dst: Address,
+    *,
+    flags: int,
+    sport: int = 40000,
+    dport: int = 80,
+    options: bytes = b"",
+    payload: bytes = b"",
 ) -> bytes:
     """A TCP segment without IP header; `options` have to fill four bytes."""
     length = 20 + len(options)
-    head = struct.pack("!HHIIBBHHH", 40000, 80, 1, 1, length // 4 << 4, flags, 65535, 0, 0) + options
+    head = struct.pack("!HHIIBBHHH", sport, dport, 1, 1, length // 4 << 4, flags, 65535, 0, 0) + options
     total = pseudo_header(src, dst, TCP, length + len(payload)) + head + payload
     return head[:16] + struct.pack("!H", checksum(total)) + head[18:] + payload
 
 
 def tcp(
-    src: Address, dst: Address, *, flags: int = ACK, options: bytes = b"", payload: bytes = b""
+    src: Address,
+    dst: Address,
+    *,
+    flags: int = ACK,
+    sport: int = 40000,
+    dport: int = 80,
+    options: bytes = b"",
+    payload: bytes = b"",
 ) -> bytes:
     """A TCP packet with DF, as TCP sends them."""
-    segment = tcp_segment(src, dst, flags=flags, options=options, payload=payload)
+    segment = tcp_segment(src, dst, flags=flags, sport=sport, dport=dport, options=options, payload=payload)
     return ip(src, dst, TCP, segment, df=True)
+
+
+def icmp_message(src: Address, dst: Address, kind: int, code: int, rest: bytes) -> bytes:
+    """An ICMP message of the addresses' family without IP header; `rest` is what follows the checksum."""
+    head = struct.pack("!BBH", kind, code, 0)
+    covered = head + rest
+    if src.version == 6:
+        covered = pseudo_header(src, dst, ICMPV6, len(covered)) + covered
+    return head[:2] + struct.pack("!H", checksum(covered)) + rest
+
+
+def icmp(src: Address, dst: Address, kind: int, *, code: int = 0, rest: bytes = bytes(4)) -> bytes:
+    """An ICMP packet of the addresses' family."""
+    protocol = ICMP if src.version == 4 else ICMPV6
+    return ip(src, dst, protocol, icmp_message(src, dst, kind, code, rest))
 
 
 def vxlan(src: Address, dst: Address, inner: bytes, *, port: int = VXLAN_PORT, flags: int = 0x08) -> bytes:
