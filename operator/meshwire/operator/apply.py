@@ -27,15 +27,12 @@ from meshwire.operator.reconcile import (
     WriteConfigStatus,
     WriteStatus,
 )
+from meshwire.operator.rounds import Outdated
 from meshwire.operator.world import MESH_PATH, World, secrets_path
 
 NODES: Final = "/api/v1/nodes"
 MESH_NODES: Final = f"{MESH_PATH}/{names.MESHNODES}"
 MESH_STATUSES: Final = f"{MESH_PATH}/{names.MESHSTATUSES}"
-
-
-class Outdated(Exception):
-    """A last look before deleting showed that there is nothing to delete."""
 
 
 @dataclass(frozen=True, slots=True)

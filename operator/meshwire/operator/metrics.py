@@ -58,6 +58,24 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.policy_rounds = Histogram(
+            "meshwire_operator_policy_reconcile_seconds",
+            "Time of one look at all pods and endpoints",
+            registry=self.registry,
+        )
+        self.identities = Gauge(
+            "meshwire_identities", "Label sets that have a number", registry=self.registry
+        )
+        self.endpoints = Gauge("meshwire_endpoints", "Pods that have an identity", registry=self.registry)
+        self.endpoint_slices = Gauge(
+            "meshwire_endpoint_slices", "MeshEndpointSlices they are in", registry=self.registry
+        )
+        self.contested = Gauge(
+            "meshwire_contested_addresses",
+            "Pod addresses that several pods, or a node too, claim",
+            registry=self.registry,
+        )
+
     def observe(self, status: MeshStatus, conflicts: int) -> None:
         """Takes over what a plan found."""
         self.nodes.set(status.nodes)

@@ -39,6 +39,20 @@ def secrets_path(namespace: str) -> str:
     return f"/api/v1/namespaces/{namespace}/secrets"
 
 
+async def list_all(
+    client: Client, path: str, parse: Callable[[Mapping[str, object]], T], **params: str
+) -> tuple[list[T], str]:
+    """Every object, parsed page by page, and the list's version. Raises what Client raises."""
+    items: list[T] = []
+    page: Object = {"metadata": {"continue": ""}}
+    while True:
+        token = page["metadata"].get("continue", "")
+        page = await client.get(path, limit=str(PAGE), **params, **({"continue": token} if token else {}))
+        items += map(parse, page["items"])
+        if not page["metadata"].get("continue"):
+            return items, page["metadata"]["resourceVersion"]
+
+
 @dataclass(slots=True)
 class World:
     """`relist_at` and `cidrs_at` are on time.monotonic()'s clock; 0 means at once."""
@@ -85,33 +99,25 @@ class World:
     async def _relist(self) -> None:
         # Owners after what they own: an object that is made in between must not look as if it had no owner.
         watched = self.watched()
-        secrets, version = await self._list(
-            secrets_path(self.namespace), KeySecret.from_object, labelSelector=names.NODE_LABEL
+        secrets, version = await list_all(
+            self.client,
+            secrets_path(self.namespace),
+            KeySecret.from_object,
+            labelSelector=names.NODE_LABEL,
         )
         self.secrets.listed(secrets, watched.secrets, version)
-        mesh_nodes, version = await self._list(f"{MESH_PATH}/{names.MESHNODES}", mesh_node)
+        mesh_nodes, version = await list_all(self.client, f"{MESH_PATH}/{names.MESHNODES}", mesh_node)
         self.mesh_nodes.listed(mesh_nodes, watched.mesh_nodes, version)
-        nodes, version = await self._list("/api/v1/nodes", Node.from_object)
+        nodes, version = await list_all(self.client, "/api/v1/nodes", Node.from_object)
         self.nodes.listed(nodes, watched.nodes, version)
-        configs, version = await self._list(f"{MESH_PATH}/{names.MESHCONFIGS}", Config.from_object)
+        configs, version = await list_all(
+            self.client, f"{MESH_PATH}/{names.MESHCONFIGS}", Config.from_object
+        )
         self.configs.listed(configs, watched.configs, version)
-        statuses, version = await self._list(f"{MESH_PATH}/{names.MESHSTATUSES}", MeshStatus.from_object)
+        statuses, version = await list_all(
+            self.client, f"{MESH_PATH}/{names.MESHSTATUSES}", MeshStatus.from_object
+        )
         self.statuses.listed(statuses, watched.statuses, version)
-
-    async def _list(
-        self, path: str, parse: Callable[[Mapping[str, object]], T], **params: str
-    ) -> tuple[list[T], str]:
-        """Every object, parsed page by page, and the list's version."""
-        items: list[T] = []
-        page: Object = {"metadata": {"continue": ""}}
-        while True:
-            token = page["metadata"].get("continue", "")
-            page = await self.client.get(
-                path, limit=str(PAGE), **params, **({"continue": token} if token else {})
-            )
-            items += map(parse, page["items"])
-            if not page["metadata"].get("continue"):
-                return items, page["metadata"]["resourceVersion"]
 
     async def _find_cidrs(self) -> tuple[Network, ...] | None:
         unreadable = False
