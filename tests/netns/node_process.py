@@ -115,7 +115,7 @@ class Node:
             await asyncio.gather(task, return_exceptions=True)
 
         self._running.push_async_callback(stop)
-        self._running.enter_context(woken_by_kernel(self.agent))
+        self._running.enter_context(woken_by_kernel(self.agent.wake))
 
     async def answer(self, request: dict[str, Any]) -> Any:
         [(verb, what)] = request.items()

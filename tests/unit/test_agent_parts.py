@@ -145,10 +145,19 @@ def test_the_metrics_page() -> None:
         name="meshwire_wg1", peers={key: PeerState(public_key=key, handshake=90.0)}
     )
     health.observed = Observed(links={}, wireguard={"meshwire_wg1": state_of_device})
-    health.metrics = {(Reason.DROP_NO_TUNNEL, Direction.EGRESS): Counter(3, 300)}
+    health.metrics = {
+        (Reason.DROP_NO_TUNNEL, Direction.EGRESS): Counter(3, 300),
+        (Reason.DROP_POLICY_INGRESS, Direction.INGRESS): Counter(0, 0),
+    }
+    health.policy_metrics = {(Reason.DROP_POLICY_INGRESS, Direction.INGRESS): Counter(5, 500)}
+    health.policy_maps = {"policy": (7, 100)}
     lines = list(format_metrics(health, 100.0))
     assert 'meshwire_datapath_packets_total{reason="drop_no_tunnel",direction="egress"} 3' in lines
     assert 'meshwire_datapath_bytes_total{reason="drop_no_tunnel",direction="egress"} 300' in lines
+    assert not any(line.startswith("meshwire_datapath") and "policy" in line for line in lines)
+    assert 'meshwire_policy_packets_total{reason="drop_policy_ingress",direction="ingress"} 5' in lines
+    assert 'meshwire_policy_map_entries{map="policy"} 7' in lines
+    assert 'meshwire_policy_map_capacity{map="policy"} 100' in lines
     assert 'meshwire_peers{device="meshwire_wg1"} 1' in lines
     assert 'meshwire_handshake_age_seconds{device="meshwire_wg1",node="b"} 10.0' in lines
     assert all(line.startswith("# ") or " " in line for line in lines)

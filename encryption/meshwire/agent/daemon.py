@@ -1,4 +1,4 @@
-"""Starts the agent's parts and ends them: the loop, the watch, the netlink monitor, the metrics page."""
+"""Starts the agent's parts and ends them: the loops, the watch, the netlink monitor, the metrics page."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import kopf
 from meshwire.agent import metrics, state
 from meshwire.agent.kernel import Kernel
 from meshwire.agent.loop import Agent, Look, describe, observe_and_plan
+from meshwire.agent.policy.enforcer import Enforcer
+from meshwire.agent.policy.kernel import PolicyKernel
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import KINDS, Watch, World
 from meshwire.encryption import keys, netlink
@@ -31,28 +33,43 @@ async def run(settings: Settings, cluster: Cluster) -> None:
     sealing_key = keys.find_or_create_sealing_key(settings.sealing_key_file)
     async with Client(cluster) as client, asyncio.TaskGroup() as tasks:
         agent = Agent(settings, Kernel(settings), client, sealing_key)
+        enforcer = Enforcer(settings, PolicyKernel(settings), client, agent.health)
+
+        def follow(source: Callable[[], World]) -> None:
+            agent.follow(source)
+            enforcer.follow(source)
+
+        def wake() -> None:
+            agent.wake()
+            enforcer.wake()
+
         runner = await metrics.serve(agent.health, *settings.metrics_address)
-        work = tasks.create_task(_despite_kopf(lambda: agent.run(version("meshwire"))), name="loop")
-        with woken_by_kernel(agent):
+        work = [
+            tasks.create_task(_despite_kopf(lambda: agent.run(version("meshwire"))), name="loop"),
+            tasks.create_task(_despite_kopf(enforcer.run), name="policy"),
+        ]
+        with woken_by_kernel(wake):
             try:
-                await watch_forever(settings, cluster, client, agent.follow)
+                await watch_forever(settings, cluster, client, follow)
             finally:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
+                for task in work:
+                    task.cancel()
+                await asyncio.gather(*work, return_exceptions=True)
                 await runner.cleanup()
+                enforcer.close()
                 agent.close()
 
 
 @contextlib.contextmanager
-def woken_by_kernel(agent: Agent) -> Iterator[None]:
-    """Wakes the agent whenever a link, address, route or filter changes. Raises OSError."""
+def woken_by_kernel(wake: Callable[[], None]) -> Iterator[None]:
+    """Calls `wake` whenever a link, address, route or filter changes. Raises OSError."""
 
     def drain() -> None:
         # Lost messages (ENOBUFS) are as good as any other reason to look again.
         with contextlib.suppress(OSError):
             while monitor.recv(65536):
                 pass
-        agent.wake()
+        wake()
 
     loop = asyncio.get_running_loop()
     with contextlib.closing(netlink.open_monitor()) as monitor:

@@ -326,14 +326,7 @@ class Kernel:
         """The filter does what the program we loaded would do."""
         if self._loaded is None or found.name not in self._loaded.programs.names():
             return False
-        program = self._loaded.programs.get(found.name)
-        if found.program_id == program.id:
-            return True
-        try:
-            _, tag, map_ids = loader.program_info(found.program_id)
-        except OSError:
-            return False
-        return (tag, map_ids) == (program.tag, program.map_ids)
+        return loader.does_the_same(found.program_id, self._loaded.programs.get(found.name))
 
     def _detach(self, attachment: Attachment) -> None:
         if (index := netlink.find_index(self._ipr, attachment.device)) is None:

@@ -72,6 +72,9 @@ class Health:
     desired: Desired | None = None
     observed: Observed | None = None
     metrics: Metrics = field(default_factory=dict)
+    policy_metrics: Metrics = field(default_factory=dict)
+    policy_maps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Name -> entries, and how many there is room for."""
 
 
 @dataclass(frozen=True, slots=True)

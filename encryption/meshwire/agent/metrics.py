@@ -40,11 +40,24 @@ def format_metrics(health: Health, now: float) -> Iterator[str]:
     yield from _head("meshwire_loop_seconds", "gauge", "How long the last run took.")
     yield f"meshwire_loop_seconds {health.seconds:.6f}"
     for unit in ("packets", "bytes"):
-        name = f"meshwire_datapath_{unit}_total"
-        yield from _head(name, "counter", f"{unit.capitalize()} by what became of them.")
-        for (reason, direction), counter in sorted(health.metrics.items()):
-            labels = f'reason="{reason.name.lower()}",direction="{direction.name.lower()}"'
-            yield f"{name}{{{labels}}} {counter.packets if unit == 'packets' else counter.bytes}"
+        for part, what, found in (
+            ("datapath", "what encryption made of them", health.metrics),
+            ("policy", "what policies made of them", health.policy_metrics),
+        ):
+            name = f"meshwire_{part}_{unit}_total"
+            yield from _head(name, "counter", f"{unit.capitalize()} by {what}.")
+            for (reason, direction), counter in sorted(found.items()):
+                if part == "datapath" and reason.of_policy:
+                    continue
+                labels = f'reason="{reason.name.lower()}",direction="{direction.name.lower()}"'
+                yield f"{name}{{{labels}}} {counter.packets if unit == 'packets' else counter.bytes}"
+    for name, text, which in (
+        ("entries", "Entries of the policy programs' maps.", 0),
+        ("capacity", "Entries that there is room for.", 1),
+    ):
+        yield from _head(f"meshwire_policy_map_{name}", "gauge", text)
+        for map_name, pair in sorted(health.policy_maps.items()):
+            yield f'meshwire_policy_map_{name}{{map="{map_name}"}} {pair[which]}'
     if health.desired is None or health.observed is None:
         return
     yield from _head("meshwire_peers", "gauge", "Peers by device.")

@@ -27,6 +27,11 @@ class Settings:
     metrics_address: tuple[str, int]
 
     @property
+    def policy_pin_directory(self) -> Path:
+        """The policy programs' maps come and go by themselves."""
+        return self.pin_directory.with_name(f"{self.pin_directory.name}-policy")
+
+    @property
     def sealing_key_file(self) -> Path:
         return self.state_directory / "sealing.key"
 

@@ -1,0 +1,607 @@
+"""What the node's policy maps should hold, kept up to date object by object. Pure: nothing here touches the
+kernel or the API."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from meshwire.agent.policy.objects import PROTOCOLS, Backends, Namespace, Pod, Refused, Service
+from meshwire.agent.policy.tables import Table
+from meshwire.api.fields import Network
+from meshwire.api.meshendpointslice import Endpoint as SliceEndpoint
+from meshwire.api.meshendpointslice import MeshEndpointSlice
+from meshwire.api.meshidentity import MeshIdentity
+from meshwire.api.meshpolicy import Direction, Policy
+from meshwire.bpf.policylayouts import CidrFlag, EndpointFlag
+from meshwire.policy import identity
+from meshwire.policy.compile import Compiler, EntryKey, EntryValue, PolicySet, RuleRef, TooLarge
+from meshwire.policy.identity import Labels
+from meshwire.policy.model import ServiceInfo
+from meshwire.policy.selectors import matches
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointValue:
+    """As struct mw_endpoint."""
+
+    ifindex: int
+    identity: int
+    set: int
+    audit_set: int
+    revision: int
+    born: int
+    flags: EndpointFlag
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What is no object of policy's own: addresses are packed. `local` are those of the node's own devices,
+    `remote` the other nodes'. `cluster` are the networks that pods have addresses of, `own` those of this
+    node's pods."""
+
+    local: frozenset[bytes] = frozenset()
+    remote: frozenset[bytes] = frozenset()
+    cluster: tuple[Network, ...] = ()
+    own: tuple[Network, ...] = ()
+    excluded_labels: frozenset[str] = identity.HIGH_CARDINALITY
+
+
+@dataclass(slots=True)
+class _Sets:
+    """One subject's rules in the `policy` map. `revision` changes with them."""
+
+    number: int
+    audit_number: int
+    revision: int
+    flags: EndpointFlag
+    keys: set[tuple[int, EntryKey]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Subject:
+    labels: Labels
+    pods: set[str] = field(default_factory=set)
+
+
+class Model:
+    """Tables of the maps, by what the API server and the node say. `revision` and `first_set` are above all
+    that are in use.
+
+    A subject is an identity that pods of this node have. Each has a set of rules of its own; whenever a
+    policy of it changes, a new set is written beside the old one and the pods are told the new number: a
+    packet sees the one or the other."""
+
+    def __init__(self, revision: int = 1, first_set: int = 1) -> None:
+        self.compiler = Compiler()
+        self.identities: Table[bytes, int] = Table()
+        self.cidrs: Table[Network, tuple[int, CidrFlag]] = Table()
+        self.services: Table[bytes, int] = Table()
+        self.endpoints: Table[bytes, EndpointValue] = Table()
+        self.entries: Table[tuple[int, EntryKey], tuple[bool, int]] = Table()
+        self.policies: dict[str, Policy] = {}
+        self.refused: dict[str, Refused] = {}
+        self.pods: dict[str, Pod] = {}
+        self.devices: dict[str, int] = {}
+        self.problems: tuple[TooLarge, ...] = ()
+        self._revision = revision
+        self._set = first_set
+        self._rule = 0
+        self._around = Surroundings()
+        self._apiservers: frozenset[bytes] = frozenset()
+        self._namespaces: dict[str, Mapping[str, str]] = {}
+        self._numbers: dict[Labels, list[int]] = {}
+        self._labels: dict[int, Labels] = {}
+        self._provisional: dict[Labels, int] = {}
+        self._next_provisional = identity.PROVISIONAL
+        self._subject_of: dict[str, int] = {}
+        self._subjects: dict[int, _Subject] = {}
+        self._sets: dict[int, _Sets] = {}
+        self._born: dict[tuple[str, bytes], int] = {}
+        self._slices: dict[str, MeshEndpointSlice] = {}
+        self._claims: dict[bytes, dict[str, int]] = {}
+        self._named_ports: dict[int, dict[str, Mapping[str, frozenset[tuple[int, int]]]]] = {}
+        self._pod_names: dict[bytes, tuple[str, str]] = {}
+        self._services: dict[str, Service] = {}
+        self._backends: dict[str, Backends] = {}
+        self._rules: dict[RuleRef, int] = {}
+        self._rule_refs: dict[int, RuleRef] = {}
+        self._own_claims: dict[bytes, dict[str, int]] = {}
+        self._cidr_numbers: Mapping[Network, int] = {}
+
+    # Policies
+
+    def put_policy(self, policy: Policy) -> None:
+        self.refused.pop(policy.uid, None)
+        if self.policies.get(policy.uid) != policy:
+            self.policies[policy.uid] = policy
+            self.compiler.put_policy(policy)
+
+    def refuse_policy(self, refused: Refused) -> None:
+        """What was in force of it stays in force."""
+        self.refused[refused.uid] = refused
+
+    def remove_policy(self, uid: str) -> None:
+        self.refused.pop(uid, None)
+        if self.policies.pop(uid, None):
+            self.compiler.remove_policy(uid)
+            for ref in [ref for ref in self._rules if ref.policy == uid]:
+                del self._rule_refs[self._rules.pop(ref)]
+
+    def rule(self, number: int) -> tuple[Policy, str] | None:
+        """The policy and the path of a rule that the datapath names, e.g. `spec.ingress[0]`."""
+        ref = self._rule_refs.get(number)
+        policy = self.policies.get(ref.policy) if ref else None
+        return (policy, ref.path) if ref and policy else None
+
+    # Identities and their addresses
+
+    def put_identity(self, found: MeshIdentity) -> None:
+        if self._labels.get(found.number) == found.labels:
+            return
+        self.remove_identity(found.number)
+        self._labels[found.number] = found.labels
+        self._numbers.setdefault(found.labels, []).append(found.number)
+        self.compiler.put_identity(found.number, dict(found.labels))
+        self._renumber(found.labels)
+
+    def remove_identity(self, number: int) -> None:
+        if (labels := self._labels.pop(number, None)) is None:
+            return
+        numbers = self._numbers[labels]
+        numbers.remove(number)
+        if not numbers:
+            del self._numbers[labels]
+        # First: pods of this node that still have these labels get another number.
+        self._renumber(labels)
+        self.compiler.remove_identity(number)
+
+    def put_slice(self, found: MeshEndpointSlice) -> None:
+        old = self._slices.get(found.name)
+        present = set(old.endpoints) if old else set()
+        self._release(present - set(found.endpoints))
+        self._slices[found.name] = found
+        for endpoint in found.endpoints:
+            if endpoint in present:
+                continue
+            for address in endpoint.addresses:
+                self._claims.setdefault(address.packed, {})[endpoint.pod.uid] = endpoint.identity
+                self._pod_names[address.packed] = (endpoint.pod.namespace, endpoint.pod.name)
+                self._resolve(address.packed)
+            if endpoint.ports:
+                ports: dict[str, set[tuple[int, int]]] = {}
+                for port in endpoint.ports:
+                    ports.setdefault(port.name, set()).add((PROTOCOLS[port.protocol], port.port))
+                self._name_ports(endpoint.identity, endpoint.pod.uid, ports)
+
+    def remove_slice(self, name: str) -> None:
+        if old := self._slices.pop(name, None):
+            self._release(set(old.endpoints))
+
+    def _release(self, endpoints: Iterable[SliceEndpoint]) -> None:
+        for endpoint in endpoints:
+            for address in endpoint.addresses:
+                claims = self._claims.get(address.packed, {})
+                claims.pop(endpoint.pod.uid, None)
+                if not claims:
+                    self._claims.pop(address.packed, None)
+                    self._pod_names.pop(address.packed, None)
+                self._resolve(address.packed)
+            if endpoint.ports:
+                self._name_ports(endpoint.identity, endpoint.pod.uid, {})
+
+    def pod_name(self, address: bytes) -> tuple[str, str] | None:
+        """(namespace, name) of the pod that has an address."""
+        for uid in self._own_claims.get(address, {}):
+            return self.pods[uid].namespace, self.pods[uid].name
+        return self._pod_names.get(address)
+
+    def labels_of(self, number: int) -> Labels:
+        if number in self._labels:
+            return self._labels[number]
+        return next((labels for labels, own in self._provisional.items() if own == number), ())
+
+    def _name_ports(self, number: int, pod: str, ports: Mapping[str, set[tuple[int, int]]]) -> None:
+        """Pods of one identity may give a port's name to different numbers: each of them counts."""
+        by_pod = self._named_ports.setdefault(number, {})
+        if ports:
+            by_pod[pod] = {name: frozenset(found) for name, found in ports.items()}
+        else:
+            by_pod.pop(pod, None)
+        union: dict[str, frozenset[tuple[int, int]]] = {}
+        for each in by_pod.values():
+            for name, found in each.items():
+                union[name] = union.get(name, frozenset()) | found
+        if not by_pod:
+            del self._named_ports[number]
+        self.compiler.set_named_ports(number, union)
+
+    def _resolve(self, address: bytes) -> None:
+        """Whose an address is. Nodes before pods: a pod can't make itself pass for a node. Where two pods
+        have it, and differ in what they may do, nobody can say which of them sends: it is unknown."""
+        around = self._around
+        is_api = address in self._apiservers
+        number: int | None = None
+        if address in around.local:
+            number = identity.APISERVER_HOST if is_api else identity.HOST
+        elif address in around.remote:
+            number = identity.APISERVER_NODE if is_api else identity.REMOTE_NODE
+        elif own := self._own_claims.get(address):
+            number = own[self._newest(own)]
+        elif self._is_own(address):
+            # A pod of this node that others know of already: until it is guarded, nobody is to talk to it.
+            number = None
+        elif claims := self._claims.get(address):
+            numbers = set(claims.values())
+            number = numbers.pop() if len(numbers) == 1 else identity.UNKNOWN
+        elif is_api:
+            number = identity.APISERVER
+        if number is None:
+            self.identities.discard(address)
+        else:
+            self.identities.set(address, number)
+
+    def _is_own(self, address: bytes) -> bool:
+        parsed = ip_address(address)
+        return any(parsed in block for block in self._around.own)
+
+    def _newest(self, uids: Iterable[str]) -> str:
+        return max(uids, key=lambda uid: (self.pods[uid].created, uid))
+
+    # Pods of this node
+
+    def put_pod(self, pod: Pod) -> None:
+        old = self.pods.get(pod.uid)
+        if old == pod:
+            return
+        self.pods[pod.uid] = pod
+        if old and old.addresses != pod.addresses:
+            self.devices.pop(pod.uid, None)
+            self._withdraw(old)
+        self._settle(pod)
+
+    def remove_pod(self, uid: str) -> None:
+        if pod := self.pods.get(uid):
+            self._withdraw(pod)
+            self._leave_subject(uid)
+            del self.pods[uid]
+            self.devices.pop(uid, None)
+
+    def waiting_for_device(self) -> list[Pod]:
+        """Pods that have an address, and whose device has not been found yet."""
+        return [pod for pod in self.pods.values() if pod.addresses and pod.uid not in self.devices]
+
+    def lost_devices(self, present: Container[int]) -> list[Pod]:
+        """Pods whose device is not among the indexes that there are."""
+        return [self.pods[uid] for uid, index in self.devices.items() if index not in present]
+
+    def set_device(self, uid: str, ifindex: int | None) -> None:
+        """Index of the host's end of the pod's veth; None: it is gone."""
+        if ifindex is None:
+            self.devices.pop(uid, None)
+        else:
+            self.devices[uid] = ifindex
+        self._endpoints_of(self.pods[uid])
+
+    def put_namespace(self, found: Namespace) -> None:
+        if self._namespaces.get(found.name) != found.labels:
+            self._namespaces[found.name] = found.labels
+            for pod in list(self.pods.values()):
+                if pod.namespace == found.name:
+                    self._settle(pod)
+
+    def remove_namespace(self, name: str) -> None:
+        # Its pods are gone before it, or on their way: they keep what they have.
+        self._namespaces.pop(name, None)
+
+    def _settle(self, pod: Pod) -> None:
+        """The pod's identity and addresses."""
+        if (namespace_labels := self._namespaces.get(pod.namespace)) is None:
+            return
+        labels = identity.identity_labels(
+            namespace=pod.namespace,
+            namespace_labels=namespace_labels,
+            service_account=pod.service_account,
+            pod_labels=dict(pod.labels),
+            excluded=self._around.excluded_labels,
+        )
+        number = self._number(labels)
+        if self._subject_of.get(pod.uid) != number:
+            self._leave_subject(pod.uid)
+            self._subject_of[pod.uid] = number
+            if number not in self._subjects:
+                self._subjects[number] = _Subject(labels)
+                self.compiler.add_subject(number)
+            self._subjects[number].pods.add(pod.uid)
+        ports: dict[str, set[tuple[int, int]]] = {}
+        for name, protocol, port in pod.ports:
+            ports.setdefault(name, set()).add((protocol, port))
+        if pod.ports or pod.uid in self._named_ports.get(number, {}):
+            self._name_ports(number, pod.uid, ports)
+        for address in pod.addresses:
+            self._own_claims.setdefault(address, {})[pod.uid] = number
+            self._resolve(address)
+        self._endpoints_of(pod)
+
+    def _number(self, labels: Labels) -> int:
+        """The operator's, or one of our own until there is one."""
+        if numbers := self._numbers.get(labels):
+            return min(numbers)
+        if labels not in self._provisional:
+            self._provisional[labels] = self._next_provisional
+            self._next_provisional += 1
+            self.compiler.put_identity(self._provisional[labels], dict(labels))
+        return self._provisional[labels]
+
+    def _renumber(self, labels: Labels) -> None:
+        """The operator has given these labels a number, or taken it away."""
+        for subject in [each for each in self._subjects.values() if each.labels == labels]:
+            for uid in sorted(subject.pods):
+                self._settle(self.pods[uid])
+
+    def _leave_subject(self, uid: str) -> None:
+        if (number := self._subject_of.pop(uid, None)) is None:
+            return
+        if self.pods[uid].ports:
+            self._name_ports(number, uid, {})
+        subject = self._subjects[number]
+        subject.pods.discard(uid)
+        if subject.pods:
+            return
+        del self._subjects[number]
+        self.compiler.remove_subject(number)
+        self._drop_sets(number)
+        if self._provisional.get(subject.labels) == number:
+            del self._provisional[subject.labels]
+            self.compiler.remove_identity(number)
+
+    def _withdraw(self, pod: Pod) -> None:
+        """The pod no longer has its addresses."""
+        for address in pod.addresses:
+            claims = self._own_claims.get(address, {})
+            claims.pop(pod.uid, None)
+            if not claims:
+                self._own_claims.pop(address, None)
+            self._born.pop((pod.uid, address), None)
+            self._resolve(address)
+            if claims:
+                self._endpoints_of(self.pods[self._newest(claims)])
+            else:
+                self.endpoints.discard(address)
+
+    # Services and surroundings
+
+    def put_service(self, service: Service) -> None:
+        self.remove_service(service.uid)
+        self._services[service.uid] = service
+        for address in service.addresses:
+            self.services.set(address, 0)
+        self._tell_service(service.namespace, service.name)
+
+    def remove_service(self, uid: str) -> None:
+        if (old := self._services.pop(uid, None)) is None:
+            return
+        still = {address for service in self._services.values() for address in service.addresses}
+        for address in old.addresses:
+            if address not in still:
+                self.services.discard(address)
+        self._tell_service(old.namespace, old.name)
+
+    def put_backends(self, found: Backends) -> None:
+        self.remove_backends(found.uid)
+        self._backends[found.uid] = found
+        self._tell_service(found.namespace, found.service)
+
+    def remove_backends(self, uid: str) -> None:
+        if old := self._backends.pop(uid, None):
+            self._tell_service(old.namespace, old.service)
+
+    def _tell_service(self, namespace: str, name: str) -> None:
+        if (namespace, name) == ("default", "kubernetes"):
+            self._find_apiservers()
+        services = [
+            each for each in self._services.values() if (each.namespace, each.name) == (namespace, name)
+        ]
+        if not services:
+            self.compiler.remove_service(namespace, name)
+            return
+        service = services[-1]
+        addresses = {
+            address
+            for each in self._backends.values()
+            if (each.namespace, each.service) == (namespace, name)
+            for address in each.addresses
+        }
+        self.compiler.set_service(
+            namespace,
+            name,
+            ServiceInfo(
+                labels=dict(service.labels),
+                selector=dict(service.selector) if service.selector else None,
+                addresses=frozenset(ip_address(address) for address in addresses),
+            ),
+        )
+
+    def _find_apiservers(self) -> None:
+        """The API servers write their own addresses there, wherever they run."""
+        old = self._apiservers
+        self._apiservers = frozenset(
+            address
+            for each in self._backends.values()
+            if (each.namespace, each.service) == ("default", "kubernetes")
+            for address in each.addresses
+        )
+        for address in old ^ self._apiservers:
+            self._resolve(address)
+
+    def set_surroundings(self, around: Surroundings) -> None:
+        if around == self._around:
+            return
+        old, self._around = self._around, around
+        for address in (old.local ^ around.local) | (old.remote ^ around.remote):
+            self._resolve(address)
+        if (old.cluster, old.own) != (around.cluster, around.own):
+            self._lay_out_cidrs()
+            for address in list(self._claims):
+                self._resolve(address)
+        if old.excluded_labels != around.excluded_labels:
+            for pod in list(self.pods.values()):
+                self._settle(pod)
+
+    def _lay_out_cidrs(self) -> None:
+        """Every block's entry says all there is to know of it: the longest match alone decides."""
+        flags: dict[Network, CidrFlag] = dict.fromkeys(self._around.cluster, CidrFlag.CLUSTER)
+        flags |= dict.fromkeys(self._around.own, CidrFlag.CLUSTER | CidrFlag.LOCAL)
+        blocks = sorted(
+            self._cidr_numbers.keys() | flags.keys(),
+            key=lambda block: (block.version, int(block.network_address), block.prefixlen),
+        )
+        entries: dict[Network, tuple[int, CidrFlag]] = {}
+        # Blocks nest or are disjoint, so those around the present one form a stack.
+        around: list[Network] = []
+        for block in blocks:
+            while around and not (
+                around[-1].version == block.version
+                and int(around[-1].broadcast_address) >= int(block.broadcast_address)
+            ):
+                around.pop()
+            number, inherited = entries[around[-1]] if around else (0, CidrFlag(0))
+            entries[block] = (
+                self._cidr_numbers.get(block, number),
+                flags.get(block, CidrFlag(0)) | inherited,
+            )
+            around.append(block)
+        self.cidrs.replace(entries)
+
+    # What follows from all of this
+
+    def concerned(self) -> list[Policy]:
+        """Policies that select pods of this node."""
+        found = {policy.uid: policy for number in self._subjects for policy in self.policies_of(number)}
+        return list(found.values())
+
+    def policies_of(self, subject: int) -> list[Policy]:
+        """Those that select it."""
+        labels = dict(self._subjects[subject].labels) if subject in self._subjects else None
+        return [
+            policy
+            for policy in self.policies.values()
+            if labels is not None and matches(policy.selector, labels)
+        ]
+
+    def update(self) -> None:
+        """Brings what the compiler has found since into the tables."""
+        changes = self.compiler.changes()
+        if changes.cidrs != self._cidr_numbers:
+            self._cidr_numbers = dict(changes.cidrs)
+            self._lay_out_cidrs()
+        for number, change in changes.rebuilt.items():
+            self._replace_sets(number, change.enforced, change.audit)
+        for number, touched in changes.touched.items():
+            if sets := self._sets.get(number):
+                self._touch(sets, sets.number, touched.enforced)
+                self._touch(sets, sets.audit_number, touched.audit)
+                sets.revision = self._next_revision()
+                self._endpoints_of_subject(number)
+        self.problems = changes.problems
+
+    def cidrs_written(self) -> None:
+        """Flows that were judged while blocks were still as before are judged again."""
+        for number, sets in self._sets.items():
+            if sets.flags & (EndpointFlag.INGRESS_CIDRS | EndpointFlag.EGRESS_CIDRS):
+                sets.revision = self._next_revision()
+                self._endpoints_of_subject(number)
+
+    def _replace_sets(self, number: int, enforced: PolicySet, audit: PolicySet | None) -> None:
+        self._drop_sets(number)
+        sets = _Sets(
+            self._next_set(),
+            self._next_set() if audit else 0,
+            self._next_revision(),
+            _flags(enforced, audit),
+        )
+        self._sets[number] = sets
+        self._touch(sets, sets.number, enforced.entries)
+        if audit:
+            self._touch(sets, sets.audit_number, audit.entries)
+        self._endpoints_of_subject(number)
+
+    def _touch(
+        self,
+        sets: _Sets,
+        set_number: int,
+        entries: Mapping[EntryKey, EntryValue | None],
+    ) -> None:
+        for key, value in entries.items():
+            if value is None:
+                self.entries.discard((set_number, key))
+                sets.keys.discard((set_number, key))
+            else:
+                self.entries.set((set_number, key), (value.deny, self._rule_number(value.rule)))
+                sets.keys.add((set_number, key))
+
+    def _drop_sets(self, number: int) -> None:
+        if sets := self._sets.pop(number, None):
+            for key in sets.keys:
+                self.entries.discard(key)
+
+    def _rule_number(self, ref: RuleRef) -> int:
+        if ref not in self._rules:
+            self._rule += 1
+            self._rules[ref], self._rule_refs[self._rule] = self._rule, ref
+        return self._rules[ref]
+
+    def _next_revision(self) -> int:
+        self._revision += 1
+        return self._revision
+
+    def _next_set(self) -> int:
+        self._set += 1
+        return self._set
+
+    def _endpoints_of_subject(self, number: int) -> None:
+        for uid in self._subjects[number].pods:
+            self._endpoints_of(self.pods[uid])
+
+    def _endpoints_of(self, pod: Pod) -> None:
+        number = self._subject_of.get(pod.uid)
+        sets = self._sets.get(number) if number is not None else None
+        device = self.devices.get(pod.uid)
+        for address in pod.addresses:
+            claims = self._own_claims.get(address)
+            if not claims or self._newest(claims) != pod.uid:
+                continue
+            if number is None or sets is None or device is None:
+                # Not yet, or not any more: without an entry it neither sends nor receives.
+                self.endpoints.discard(address)
+                continue
+            # Flows of the pod that had the address before are not its own.
+            if (pod.uid, address) not in self._born:
+                self._born[pod.uid, address] = self._next_revision()
+            born = self._born[pod.uid, address]
+            self.endpoints.set(
+                address,
+                EndpointValue(
+                    ifindex=device,
+                    identity=number,
+                    set=sets.number,
+                    audit_set=sets.audit_number,
+                    revision=max(sets.revision, born),
+                    born=born,
+                    flags=sets.flags,
+                ),
+            )
+
+
+def _flags(enforced: PolicySet, audit: PolicySet | None) -> EndpointFlag:
+    uses = enforced.uses_cidrs | (audit.uses_cidrs if audit else frozenset())
+    flags = EndpointFlag(0)
+    for directions, ingress, egress in (
+        (enforced.enforced, EndpointFlag.INGRESS_ENFORCED, EndpointFlag.EGRESS_ENFORCED),
+        (audit.enforced if audit else (), EndpointFlag.INGRESS_AUDITED, EndpointFlag.EGRESS_AUDITED),
+        (uses, EndpointFlag.INGRESS_CIDRS, EndpointFlag.EGRESS_CIDRS),
+    ):
+        flags |= ingress if Direction.INGRESS in directions else EndpointFlag(0)
+        flags |= egress if Direction.EGRESS in directions else EndpointFlag(0)
+    return flags
