@@ -19,6 +19,7 @@ COPY pyproject.toml README.md ./
 COPY operator operator
 COPY encryption encryption
 COPY bpf bpf
+COPY crds crds
 COPY --from=programs /src/bpf/meshwire/bpf/objects bpf/meshwire/bpf/objects
 # Without the extras: neither part needs the official Kubernetes client.
 RUN pip wheel --no-cache-dir --wheel-dir /wheels .

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from meshwire.api import names
 from meshwire.cli import checks
 from meshwire.cli.facts import (
     Attempts,
@@ -31,7 +32,7 @@ ETH0 = Device(name="eth0", mtu=1500)
 PORTS = (51871, 51872)
 INPUT_DROP = Chain(where="inet filter input", hook="input", policy="drop")
 FORWARD_DROP = Chain(where="ip filter FORWARD", hook="forward", policy="drop")
-CRDS = frozenset({"meshconfigs.meshwire.dev", "meshnodes.meshwire.dev", "meshstatuses.meshwire.dev"})
+CRDS = frozenset(f"{plural}.meshwire.dev" for plural in names.RESOURCES)
 NODE_A = ClusterNode(
     name="a", kernel="6.1.0-27-amd64", addresses=("192.0.2.1",), pod_cidrs=("10.244.0.0/24", "fd00::/64")
 )

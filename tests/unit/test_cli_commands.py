@@ -16,6 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from meshwire.api import names
 from meshwire.cli.__main__ import COMMANDS, main
 
 API = "/apis/meshwire.dev/v1alpha1"
@@ -67,7 +68,7 @@ DEFINITIONS = [
         "metadata": {"name": f"{plural}.meshwire.dev"},
         "status": {"conditions": [{"type": "Established", "status": "True"}]},
     }
-    for plural in ("meshconfigs", "meshnodes", "meshstatuses")
+    for plural in names.RESOURCES
 ]
 
 

@@ -13,6 +13,10 @@ except ModuleNotFoundError:
 
 COMMANDS: Final = {
     "status": ("meshwire.cli.status", "status", "Is traffic between nodes encrypted, and if not, why."),
+    "policy": ("meshwire.cli.policy", "policy", "Look at policies before they are applied; ask them why."),
+    "monitor": ("meshwire.cli.monitor", "monitor", "What policies drop, or would drop, as it happens."),
+    "endpoints": ("meshwire.cli.endpoints", "endpoints", "Pods as policies know them."),
+    "identities": ("meshwire.cli.endpoints", "identities", "Identity numbers and their labels."),
     "preflight": ("meshwire.cli.preflight", "preflight", "What this node and cluster lack for Meshwire."),
     "version": ("meshwire.cli.version", "version", "Versions of this client and of the cluster's agents."),
     "lab": ("meshwire.cli.lab", "lab", "A whole cluster on this machine, to try, develop and test with."),
@@ -49,7 +53,7 @@ class LazyGroup(click.Group):
     epilog='Completion: eval "$(_MESHWIRE_COMPLETE=bash_source meshwire)"; also zsh_source, fish_source.',
 )
 def main() -> None:
-    """WireGuard encryption between the nodes of a Kubernetes cluster.
+    """Encryption between the nodes of a Kubernetes cluster, and policy between its pods.
 
     Clusters are found as kubectl finds them: $KUBECONFIG, ~/.kube/config, or --kubeconfig and --context.
     """

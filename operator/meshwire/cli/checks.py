@@ -458,9 +458,7 @@ def _judge_api(cluster: ClusterFacts) -> Iterator[Finding]:
         )
     if "crds" in cluster.unread:
         return
-    wanted = {
-        f"{plural}.{names.GROUP}" for plural in (names.MESHCONFIGS, names.MESHNODES, names.MESHSTATUSES)
-    }
+    wanted = {f"{plural}.{names.GROUP}" for plural in names.RESOURCES}
     if missing := sorted(wanted - cluster.definitions):
         yield warning(
             "crds",
