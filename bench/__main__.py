@@ -41,6 +41,7 @@ PARTS: Final = {
     "peers": Part("bench.peers", "a thousand peers on one device", 300),
     "throughput": Part("bench.throughput", "throughput and latency through the redirect", 300),
     "lab": Part("bench.lab", "encryption on and off, nodes that join", 600),
+    "policies": Part("bench.policies", "judging by policy", 600),
     "memory": Part("bench.memory", "an agent among a thousand nodes", 600),
 }
 

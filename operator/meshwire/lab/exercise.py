@@ -1,5 +1,5 @@
-"""What tests, the demo and the figures do with a lab: pods on every node that answer, encryption on and off,
-traffic between all nodes that counts what it loses."""
+"""What tests, the demo and the figures do with a lab: pods on every node that answer, encryption and policy
+on and off, traffic between all nodes that counts what it loses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
-from meshwire.api import names
+from meshwire.api import names, policyobjects
+from meshwire.api.meshendpointslice import MeshEndpointSlice
+from meshwire.api.meshidentity import MeshIdentity
+from meshwire.api.meshpolicy import Kind, Policy
+from meshwire.api.meshpolicyreport import MeshPolicyReport
 from meshwire.kube.client import ApiError, Client, Object
 from meshwire.lab import traffic
 from meshwire.lab.lab import Lab, PodRecord
 from meshwire.lab.model import PATIENCE, LabError
 from meshwire.lab.pods import is_ready
+from meshwire.operator.objects import Namespace, Pod
+from meshwire.operator.policyreconcile import pod_labels
+from meshwire.policy.identity import HIGH_CARDINALITY, Labels
+from meshwire.policy.selectors import matches
+
+Result = TypeVar("Result")
 
 PROBE: Final = "probe"
 """Name of the DaemonSet and the Service."""
@@ -145,15 +156,9 @@ class Exercise:
     # Encryption
 
     def set_encryption(self, enabled: bool, *, wait: bool = True, **encryption: Any) -> None:
-        """Applies a MeshConfig with these fields of spec.encryption, and waits until it is so everywhere."""
-        self.lab.apply(
-            {
-                "apiVersion": names.API_VERSION,
-                "kind": "MeshConfig",
-                "metadata": {"name": names.CONFIG_NAME},
-                "spec": {"encryption": {"enabled": enabled, **encryption}},
-            }
-        )
+        """Gives the MeshConfig these fields of spec.encryption, no others, and waits until it is so
+        everywhere."""
+        self._configure(encryption={"enabled": enabled, **encryption})
         if wait:
             strict = encryption.get("mode") != "Permissive"
             self.wait_for_phase("Enforcing" if enabled else "Off", strict=enabled and strict)
@@ -194,6 +199,41 @@ class Exercise:
                 if status.get("nodesReady") == len(self.lab.nodes)
                 else f"not all nodes are ready: {status}"
             )
+
+        self._wait(problem, seconds)
+
+    # Policy
+
+    def set_policy(self, enabled: bool, *, wait: bool = True, **policy: Any) -> None:
+        """The same for spec.policy."""
+        self._configure(policy={"enabled": enabled, **policy})
+        if wait:
+            self.wait_for_policies(enabled=enabled)
+
+    def wait_for_policies(self, *, enabled: bool = True, seconds: float = 60) -> None:
+        """Until all pods have their identities, and every node says that it judges by exactly the policies
+        there are, as they are now. Not `enabled`: until no node judges by any."""
+
+        async def problem(client: Client) -> str:
+            reports = await _list(client, names.MESHPOLICYREPORTS, MeshPolicyReport.from_object)
+            by_node = {report.name: report for report in reports}
+            wrong = [
+                node for node in self.lab.nodes if (node in by_node and by_node[node].enabled) is not enabled
+            ]
+            if wrong or not enabled:
+                return f"policy is {'off' if enabled else 'on'} on {', '.join(wrong)}" if wrong else ""
+            pods = await _pods(client)
+            identities = await _list(client, names.MESHIDENTITIES, MeshIdentity.from_object)
+            slices = await _list(client, names.MESHENDPOINTSLICES, MeshEndpointSlice.from_object)
+            known = {identity.number: identity.labels for identity in identities}
+            endpoints = {
+                each.pod.uid: known.get(each.identity) for current in slices for each in current.endpoints
+            }
+            for pod, labels in pods:
+                if endpoints.get(pod.uid) != labels:
+                    return f"pod {pod.namespace}/{pod.name} does not have its identity yet"
+            by_pod_node = [(pod.node, labels) for pod, labels in pods]
+            return find_unenforced(await _policies(client), by_pod_node, by_node)
 
         self._wait(problem, seconds)
 
@@ -255,6 +295,19 @@ class Exercise:
 
     # How
 
+    def _configure(self, **sections: Object) -> None:
+        """Applies the MeshConfig with these sections of its spec; the others stay."""
+        found = self.lab.kubectl("get", "meshconfig", names.CONFIG_NAME, "--ignore-not-found", "-o", "json")
+        spec = json.loads(found)["spec"] if found else {}
+        self.lab.apply(
+            {
+                "apiVersion": names.API_VERSION,
+                "kind": "MeshConfig",
+                "metadata": {"name": names.CONFIG_NAME},
+                "spec": {**spec, **sections},
+            }
+        )
+
     def wait_until(self, condition: Callable[[], bool], what: str, *, seconds: float = 30) -> None:
         """Asks again and again, at most `seconds`."""
         deadline = time.monotonic() + seconds * PATIENCE
@@ -278,6 +331,62 @@ class Exercise:
                 await asyncio.sleep(0.1)
 
         self.lab.call(wait)
+
+
+def find_unenforced(
+    policies: Iterable[Policy],
+    pods: Iterable[tuple[str, Labels]],
+    reports: Mapping[str, MeshPolicyReport],
+) -> str:
+    """The first policy that a node with pods of it (node, labels) doesn't judge by as it is now, or that it
+    still judges by though it is gone; in words, "" for none."""
+    labels_on: dict[str, set[Labels]] = {}
+    for node, labels in pods:
+        labels_on.setdefault(node, set()).add(labels)
+    generations = {}
+    for policy in policies:
+        generations[policy.uid] = policy.generation
+        for node, found in labels_on.items():
+            if not any(matches(policy.selector, dict(labels)) for labels in found):
+                continue
+            report = reports.get(node)
+            if not report or policy.uid not in {item.uid for item in report.policies}:
+                failed = [item for item in report.failed if item.uid == policy.uid] if report else []
+                return f"{policy.title} is not in force on {node}: {failed}"
+    for node, report in reports.items():
+        for item in report.policies:
+            if generations.get(item.uid) != item.generation:
+                return f"{node} judges by generation {item.generation} of {item.uid}: {generations}"
+    return ""
+
+
+async def _list(client: Client, resource: str, parse: Callable[[Object], Result]) -> list[Result]:
+    path = f"/apis/{names.API_VERSION}/{resource}"
+    return [parse(item) for item in (await client.get(path))["items"]]
+
+
+async def _policies(client: Client) -> list[Policy]:
+    path = "/apis/networking.k8s.io/v1/networkpolicies"
+    found = [policyobjects.network_policy(item) for item in (await client.get(path))["items"]]
+    for resource, kind in (
+        (names.MESHPOLICIES, Kind.MESH_POLICY),
+        (names.CLUSTERMESHPOLICIES, Kind.CLUSTER_MESH_POLICY),
+    ):
+        # Items of a list don't say what they are.
+        found += await _list(client, resource, partial(policyobjects.mesh_policy, kind=kind))
+    return found
+
+
+async def _pods(client: Client) -> list[tuple[Pod, Labels]]:
+    """Those that run on a network of their own, and what their identities should stand for."""
+    items = (await client.get("/api/v1/namespaces"))["items"]
+    namespaces = {each.name: each for each in map(Namespace.from_object, items)}
+    pods = map(Pod.from_object, (await client.get("/api/v1/pods"))["items"])
+    return [
+        (pod, pod_labels(pod, namespaces[pod.namespace], HIGH_CARDINALITY))
+        for pod in pods
+        if pod and pod.addresses and pod.namespace in namespaces
+    ]
 
 
 def _is_settled(node: Object, phase: str, strict: bool) -> bool:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import aiohttp
-import yaml
 
 from meshwire.api import names
 from meshwire.kube.client import ApiError, Client, Object, read_kubeconfig
@@ -310,7 +309,7 @@ class Lab:
 
     def apply(self, *objects: Object) -> None:
         """kubectl apply."""
-        self.kubectl("apply", "-f", "-", stdin=yaml.safe_dump_all(objects))
+        self.kubectl("apply", "-f", "-", stdin=listed(objects))
 
     def get(self, *arguments: str) -> Object:
         """kubectl get ... as an object."""
@@ -734,3 +733,9 @@ def _wait_for_file(path: Path, problem: str, *, seconds: float = 60) -> None:
         if time.monotonic() > deadline:
             raise LabError(problem)
         time.sleep(0.05)
+
+
+def listed(objects: Sequence[Object]) -> str:
+    """What kubectl reads. Not YAML: readers of it differ in what is a string; `y` is one to PyYAML, and true
+    to kubectl."""
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
