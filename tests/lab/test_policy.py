@@ -42,7 +42,7 @@ from tests.policy_cases import (
     service,
 )
 
-from meshwire.kube.client import Client
+from meshwire.kube.client import ApiError, Client, Cluster
 from meshwire.lab import network, processes, reach, traffic
 from meshwire.lab.exercise import PROBE, Exercise
 from meshwire.lab.lab import Lab, listed
@@ -656,6 +656,25 @@ def test_killed_agents_leave_policies_in_force(town: Town) -> None:
         town.exercise.wait_for_policies()
     wrong = town.compare(everything, attempts)
     assert not wrong, differences(wrong)
+
+
+async def test_an_agent_reports_for_its_own_node_alone(town: Town) -> None:
+    """The token that really runs node1, against the real API server."""
+    credentials = town.lab.paths.token_directory("node1")
+    server = town.lab.kubectl("config", "view", "-o", "jsonpath={.clusters[0].cluster.server}")
+    account = Cluster(server=server, ca_file=credentials / "ca.crt", token_file=credentials / "token")
+    reports = "/apis/meshwire.dev/v1alpha1/meshpolicyreports"
+    async with Client(account) as client:
+        own = await client.get(f"{reports}/node1")
+        await client.patch(f"{reports}/node1/status", {"status": own["status"]})
+        for refused in (
+            client.patch(f"{reports}/node2/status", {"status": own["status"]}),
+            client.patch(f"{reports}/node1", {"metadata": {"labels": {"a": "b"}}}),
+            client.delete(f"{reports}/node2"),
+        ):
+            with pytest.raises(ApiError) as refusal:
+                await refused
+            assert refusal.value.status in (403, 422), refusal.value
 
 
 def test_policy_is_on_every_pods_device(town: Town) -> None:

@@ -35,12 +35,16 @@ T = TypeVar("T")
 log = logging.getLogger("meshwire.agent")
 
 RESYNC: Final = 30.0
-"""Seconds between looks at maps and filters when nothing has happened."""
+"""Seconds between looks at devices and filters when nothing has happened."""
+READ_MAPS_EVERY: Final = 300.0
+"""Seconds between reads of all that the maps hold: nobody but us writes to them, and they may be large."""
 SETTLE: Final = 0.01
 """Seconds that further events have to join one that has come."""
 DEVICE_POLL: Final = 0.05
 """Seconds between looks for the device of a pod that has an address: the CNI may still be at work."""
 RETRY: Final = 1.0
+NEVER: Final = float("-inf")
+"""On time.monotonic()'s clock."""
 REPORT_EVERY: Final = 0.5
 """Seconds between reports."""
 
@@ -83,7 +87,7 @@ class Enforcer:
         self._asked: PolicySettings | None = None
         self._to_report: MeshPolicyReport | None = None
         self._news_to_report = asyncio.Event()
-        self._synced_at = 0.0
+        self._synced_at = self._looked_at = NEVER
         self._guessed: frozenset[int] = frozenset()
         self._hub = Hub(settings.node, settings.run_directory, lambda: self._model)
 
@@ -115,7 +119,7 @@ class Enforcer:
                     delay = await self._run_once()
                 except (OSError, NetlinkError, aiohttp.ClientError, ApiError, TimeoutError) as error:
                     log.warning("policy: trying again: %s", describe(error))
-                    self._synced_at, self._stale = 0.0, True
+                    self._synced_at, self._stale = NEVER, True
                     delay = RETRY
                 except Exception:
                     # A bug must neither end encryption nor leave a model behind that is half right: what is
@@ -140,7 +144,7 @@ class Enforcer:
         if not self._asked.enabled:
             if self._model:
                 self._start_over()
-            if self._stale or self._synced_at == 0.0:
+            if self._stale or self._synced_at == NEVER:
                 self._stale, self._synced_at = False, time.monotonic()
                 self._hub.open(None)
                 await self._in_thread(self._kernel.remove)
@@ -149,14 +153,17 @@ class Enforcer:
         self._watch_what_is_asked(self._asked)
         if not await self._take_news():
             return RESYNC
-        stale, self._stale = self._stale, False
-        resync = time.monotonic() - self._synced_at > RESYNC
-        outcome = await self._in_thread(self._converge, world, self._asked, stale or resync, resync)
+        now = time.monotonic()
+        stale, self._stale = self._stale or now - self._looked_at > RESYNC, False
+        resync = now - self._synced_at > READ_MAPS_EVERY
+        outcome = await self._in_thread(self._converge, world, self._asked, stale, resync)
+        if stale:
+            self._looked_at = now
         self._health.policy_metrics, self._health.policy_maps = outcome.metrics, outcome.maps
         if not self._hub.is_open:
             self._hub.open(await self._in_thread(self._kernel.open_events))
         if resync:
-            self._synced_at = time.monotonic()
+            self._synced_at = now
         self._report(
             MeshPolicyReport(
                 name=self._settings.node, enabled=True, policies=outcome.in_force, failed=outcome.failed
@@ -200,7 +207,7 @@ class Enforcer:
     def _start_over(self) -> None:
         self._stop_watching()
         self._model, self._feed, self._news = None, None, []
-        self._synced_at, self._stale = 0.0, True
+        self._synced_at, self._stale = NEVER, True
 
     def _take(self, news: News) -> None:
         self._news.append(news)
