@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from meshwire.lab.lab import SOURCE, Lab, listed
+from meshwire.lab.lab import SOURCE, Lab, documents
 from meshwire.lab.model import LabError
 
 
@@ -70,7 +70,7 @@ def try_to_apply(lab: Lab, *objects: dict[str, Any], account: str = "") -> str:
     impersonation = [f"--as=system:serviceaccount:meshwire-system:{account}"] if account else []
     return lab.kubectl(
         *("apply", "--dry-run=server", "--validate=strict", "-f", "-", *impersonation),
-        stdin=listed(objects),
+        stdin=documents(objects),
     )
 
 

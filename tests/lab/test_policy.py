@@ -45,7 +45,7 @@ from tests.policy_cases import (
 from meshwire.kube.client import ApiError, Client, Cluster
 from meshwire.lab import network, processes, reach, traffic
 from meshwire.lab.exercise import PROBE, Exercise
-from meshwire.lab.lab import Lab, listed
+from meshwire.lab.lab import Lab, documents
 from meshwire.lab.model import BRIDGE, UNDERLAY_NETNS, UPLINK, LabError, underlay_address
 from meshwire.lab.pods import is_ready
 
@@ -309,7 +309,7 @@ class Town:
     def delete(self, *objects: Object) -> None:
         """Those that are there."""
         if objects:
-            text = listed(resolve(objects, self.addresses))
+            text = documents(resolve(objects, self.addresses))
             self.lab.kubectl("delete", "-f", "-", "--ignore-not-found", stdin=text)
         self.exercise.wait_for_policies()
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -309,7 +309,7 @@ class Lab:
 
     def apply(self, *objects: Object) -> None:
         """kubectl apply."""
-        self.kubectl("apply", "-f", "-", stdin=listed(objects))
+        self.kubectl("apply", "-f", "-", stdin=documents(objects))
 
     def get(self, *arguments: str) -> Object:
         """kubectl get ... as an object."""
@@ -735,7 +735,7 @@ def _wait_for_file(path: Path, problem: str, *, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def listed(objects: Sequence[Object]) -> str:
-    """What kubectl reads. Not YAML: readers of it differ in what is a string; `y` is one to PyYAML, and true
-    to kubectl."""
-    return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(objects)})
+def documents(objects: Iterable[Object]) -> str:
+    """What kubectl reads. Each is JSON: readers of YAML differ in what is a string, `y` is one to PyYAML and
+    true to kubectl."""
+    return "\n---\n".join(json.dumps(item) for item in objects)
