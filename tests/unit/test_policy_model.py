@@ -28,7 +28,7 @@ from meshwire.agent.policy.objects import (
 from meshwire.agent.policy.tables import Table
 from meshwire.api import names
 from meshwire.api.fields import InvalidSpec
-from meshwire.api.meshendpointslice import Endpoint, MeshEndpointSlice, PodRef
+from meshwire.api.meshendpointslice import Endpoint, MeshEndpointSlice, NamedPort, PodRef
 from meshwire.api.meshidentity import MeshIdentity
 from meshwire.api.meshpolicy import (
     NAMESPACE_LABEL,
@@ -244,6 +244,46 @@ def test_a_pod_of_this_node_is_nobody_until_it_is_known_here(model: Model) -> No
     model.set_surroundings(Surroundings(own=(ip_network("10.1.2.0/24"),)))
     model.remove_pod("web")
     assert model.identities.desired == {packed("10.1.1.5"): 300}
+
+
+def test_a_pod_that_moves_to_another_slice_stays_known(model: Model) -> None:
+    """The operator writes it there first, and takes it out of the old one then."""
+    moving = Endpoint(
+        addresses=(IPv4Address("10.1.2.5"),),
+        identity=300,
+        node="b",
+        pod=PodRef("shop", "a", "a"),
+        ports=(NamedPort("http", Protocol.TCP, 8080),),
+    )
+    to_http = Policy(
+        kind=Kind.MESH_POLICY,
+        namespace="shop",
+        name="p",
+        uid="p",
+        selector=app("web"),
+        default_deny=frozenset({Direction.EGRESS}),
+        rules=(
+            Rule(
+                direction=Direction.EGRESS,
+                path="spec.egress[0]",
+                peers=(app("db"),),
+                ports=(PortRange(Protocol.TCP, 0, 0, "http"),),
+            ),
+        ),
+    )
+    model.put_policy(to_http)
+    model.put_identity(MeshIdentity(number=300, labels=labels_of("db")))
+    add(model, pod("web"))
+    model.put_slice(MeshEndpointSlice(name="s", endpoints=(moving,)))
+    model.put_slice(MeshEndpointSlice(name="t", endpoints=(moving,)))
+    model.put_slice(MeshEndpointSlice(name="s", endpoints=()))
+    model.update()
+    assert model.identities.desired[packed("10.1.2.5")] == 300
+    assert model.pod_name(packed("10.1.2.5")) == ("shop", "a")
+    assert rules(model, "10.1.1.5") == {EntryKey(300, Direction.EGRESS, PortKey(6, 8080, 16)): False}
+    model.remove_slice("t")
+    model.update()
+    assert packed("10.1.2.5") not in model.identities.desired and rules(model, "10.1.1.5") == {}
 
 
 def test_an_address_that_two_pods_claim_is_unknown(model: Model) -> None:

@@ -3,9 +3,11 @@ kernel or the API."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from meshwire.agent.policy.objects import PROTOCOLS, Backends, Namespace, Pod, Refused, Service
 from meshwire.agent.policy.tables import Table
@@ -46,6 +48,29 @@ class Surroundings:
     cluster: tuple[Network, ...] = ()
     own: tuple[Network, ...] = ()
     excluded_labels: frozenset[str] = identity.HIGH_CARDINALITY
+
+
+class _Remote(NamedTuple):
+    """A pod that a slice has; addresses are packed, `ports` as in Pod. As small as can be: there are as many
+    as the cluster has pods."""
+
+    uid: str
+    identity: int
+    addresses: tuple[bytes, ...]
+    namespace: str
+    name: str
+    ports: tuple[tuple[str, int, int], ...]
+
+
+def _remote(endpoint: SliceEndpoint) -> _Remote:
+    return _Remote(
+        endpoint.pod.uid,
+        endpoint.identity,
+        tuple(address.packed for address in endpoint.addresses),
+        sys.intern(endpoint.pod.namespace),
+        endpoint.pod.name,
+        tuple((port.name, PROTOCOLS[port.protocol], port.port) for port in endpoint.ports),
+    )
 
 
 @dataclass(slots=True)
@@ -99,10 +124,9 @@ class Model:
         self._subjects: dict[int, _Subject] = {}
         self._sets: dict[int, _Sets] = {}
         self._born: dict[tuple[str, bytes], int] = {}
-        self._slices: dict[str, MeshEndpointSlice] = {}
-        self._claims: dict[bytes, dict[str, int]] = {}
+        self._slices: dict[str, tuple[_Remote, ...]] = {}
+        self._holders: dict[bytes, tuple[_Remote, ...]] = {}
         self._named_ports: dict[int, dict[str, Mapping[str, frozenset[tuple[int, int]]]]] = {}
-        self._pod_names: dict[bytes, tuple[str, str]] = {}
         self._services: dict[str, Service] = {}
         self._backends: dict[str, Backends] = {}
         self._rules: dict[RuleRef, int] = {}
@@ -158,61 +182,67 @@ class Model:
         self.compiler.remove_identity(number)
 
     def put_slice(self, found: MeshEndpointSlice) -> None:
-        old = self._slices.get(found.name)
-        present = set(old.endpoints) if old else set()
-        self._release(present - set(found.endpoints))
-        self._slices[found.name] = found
-        for endpoint in found.endpoints:
-            if endpoint in present:
-                continue
-            for address in endpoint.addresses:
-                self._claims.setdefault(address.packed, {})[endpoint.pod.uid] = endpoint.identity
-                self._pod_names[address.packed] = (endpoint.pod.namespace, endpoint.pod.name)
-                self._resolve(address.packed)
-            if endpoint.ports:
-                ports: dict[str, set[tuple[int, int]]] = {}
-                for port in endpoint.ports:
-                    ports.setdefault(port.name, set()).add((PROTOCOLS[port.protocol], port.port))
-                self._name_ports(endpoint.identity, endpoint.pod.uid, ports)
+        old, new = self._slices.get(found.name, ()), {_remote(endpoint) for endpoint in found.endpoints}
+        # First what is new: a pod that only changes is never nobody's.
+        kept = [remote for remote in old if remote in new]
+        added = new.difference(kept)
+        self._slices[found.name] = (*kept, *added)
+        for remote in added:
+            for address in remote.addresses:
+                self._holders[address] = (*self._holders.get(address, ()), remote)
+                self._resolve(address)
+            if remote.ports:
+                self._name_ports(remote.identity, remote.uid, remote.ports)
+        self._release(remote for remote in old if remote not in new)
 
     def remove_slice(self, name: str) -> None:
-        if old := self._slices.pop(name, None):
-            self._release(set(old.endpoints))
+        self._release(self._slices.pop(name, ()))
 
-    def _release(self, endpoints: Iterable[SliceEndpoint]) -> None:
-        for endpoint in endpoints:
-            for address in endpoint.addresses:
-                claims = self._claims.get(address.packed, {})
-                claims.pop(endpoint.pod.uid, None)
-                if not claims:
-                    self._claims.pop(address.packed, None)
-                    self._pod_names.pop(address.packed, None)
-                self._resolve(address.packed)
-            if endpoint.ports:
-                self._name_ports(endpoint.identity, endpoint.pod.uid, {})
+    def _release(self, remotes: Iterable[_Remote]) -> None:
+        for remote in remotes:
+            for address in remote.addresses:
+                holders = list(self._holders[address])
+                # One of them, where another slice has the same.
+                holders.remove(remote)
+                if holders:
+                    self._holders[address] = tuple(holders)
+                else:
+                    del self._holders[address]
+                self._resolve(address)
+            still = (each for address in remote.addresses for each in self._holders.get(address, ()))
+            if remote.ports and not any(
+                (each.uid, each.identity) == (remote.uid, remote.identity) for each in still
+            ):
+                self._name_ports(remote.identity, remote.uid, ())
 
     def pod_name(self, address: bytes) -> tuple[str, str] | None:
         """(namespace, name) of the pod that has an address."""
         for uid in self._own_claims.get(address, {}):
             return self.pods[uid].namespace, self.pods[uid].name
-        return self._pod_names.get(address)
+        for remote in self._holders.get(address, ()):
+            return remote.namespace, remote.name
+        return None
 
     def labels_of(self, number: int) -> Labels:
         if number in self._labels:
             return self._labels[number]
         return next((labels for labels, own in self._provisional.items() if own == number), ())
 
-    def _name_ports(self, number: int, pod: str, ports: Mapping[str, set[tuple[int, int]]]) -> None:
-        """Pods of one identity may give a port's name to different numbers: each of them counts."""
+    def _name_ports(self, number: int, pod: str, ports: Iterable[tuple[str, int, int]]) -> None:
+        """Pods of one identity may give a port's name to different numbers: each of them counts. `ports` as
+        in Pod; none: the pod is gone, or names none."""
         by_pod = self._named_ports.setdefault(number, {})
-        if ports:
-            by_pod[pod] = {name: frozenset(found) for name, found in ports.items()}
+        found: dict[str, set[tuple[int, int]]] = {}
+        for name, protocol, port in ports:
+            found.setdefault(name, set()).add((protocol, port))
+        if found:
+            by_pod[pod] = {name: frozenset(pairs) for name, pairs in found.items()}
         else:
             by_pod.pop(pod, None)
         union: dict[str, frozenset[tuple[int, int]]] = {}
         for each in by_pod.values():
-            for name, found in each.items():
-                union[name] = union.get(name, frozenset()) | found
+            for name, pairs in each.items():
+                union[name] = union.get(name, frozenset()) | pairs
         if not by_pod:
             del self._named_ports[number]
         self.compiler.set_named_ports(number, union)
@@ -232,8 +262,8 @@ class Model:
         elif self._is_own(address):
             # A pod of this node that others know of already: until it is guarded, nobody is to talk to it.
             number = None
-        elif claims := self._claims.get(address):
-            numbers = set(claims.values())
+        elif holders := self._holders.get(address):
+            numbers = {remote.identity for remote in holders}
             number = numbers.pop() if len(numbers) == 1 else identity.UNKNOWN
         elif is_api:
             number = identity.APISERVER
@@ -314,11 +344,8 @@ class Model:
                 self._subjects[number] = _Subject(labels)
                 self.compiler.add_subject(number)
             self._subjects[number].pods.add(pod.uid)
-        ports: dict[str, set[tuple[int, int]]] = {}
-        for name, protocol, port in pod.ports:
-            ports.setdefault(name, set()).add((protocol, port))
         if pod.ports or pod.uid in self._named_ports.get(number, {}):
-            self._name_ports(number, pod.uid, ports)
+            self._name_ports(number, pod.uid, pod.ports)
         for address in pod.addresses:
             self._own_claims.setdefault(address, {})[pod.uid] = number
             self._resolve(address)
@@ -344,7 +371,7 @@ class Model:
         if (number := self._subject_of.pop(uid, None)) is None:
             return
         if self.pods[uid].ports:
-            self._name_ports(number, uid, {})
+            self._name_ports(number, uid, ())
         subject = self._subjects[number]
         subject.pods.discard(uid)
         if subject.pods:
@@ -443,7 +470,7 @@ class Model:
             self._resolve(address)
         if (old.cluster, old.own) != (around.cluster, around.own):
             self._lay_out_cidrs()
-            for address in list(self._claims):
+            for address in list(self._holders):
                 self._resolve(address)
         if old.excluded_labels != around.excluded_labels:
             for pod in list(self.pods.values()):
