@@ -245,7 +245,8 @@ class Node:
         """Brings the end of all flows nearer."""
         fd = check_result(library().bpf_obj_get(os.fsencode(self.pins / "flows")), "opening flows")
         for key, value in list(items(fd, policylayouts.FlowKey, policylayouts.Flow)):
-            value.expires -= int(seconds * 1e9)
+            # The clock began when the machine did, which may be less long ago.
+            value.expires = max(0, value.expires - int(seconds * 1e9))
             update(fd, key, value, "ageing a flow")
         os.close(fd)
 
