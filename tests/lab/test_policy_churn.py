@@ -4,6 +4,7 @@ success."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -21,8 +22,10 @@ from meshwire.lab.exercise import Exercise
 NAMESPACE: Final = "churn"
 NODES: Final = ("node1", "node2", "node3")
 SECONDS: Final = 45.0
-ALIVE: Final = 5
-"""Pods of a kind at a time."""
+PODS_ALIVE: Final = 20
+POLICIES_ALIVE: Final = 5
+LIFE: Final = 5.0
+"""Seconds that a pod is given at least: enough to start, and to be known to an agent that was away."""
 PODS: Final = f"/api/v1/namespaces/{NAMESPACE}/pods"
 POLICIES: Final = f"/apis/meshwire.dev/v1alpha1/namespaces/{NAMESPACE}/meshpolicies"
 HOSTS: Final = range(2, 60)
@@ -163,10 +166,15 @@ def churn(exercise: Exercise, chance: random.Random, targets: list[str]) -> dict
             added = policy(f"policy-{number}", chance.choice(["server", "friend"]), ingress=ingress)
             await client.create(POLICIES, added)
             policies.append(added["metadata"]["name"])
-            while len(policies) > ALIVE:
+            while len(policies) > POLICIES_ALIVE:
                 await client.delete(f"{POLICIES}/{policies.pop(0)}")
-            while len(alive) > 3 * ALIVE:
-                gone = alive.pop(chance.randrange(len(alive)))
+            while len(alive) > PODS_ALIVE:
+                grown = [name for name in alive if time.time() - lives[name][0] > LIFE]
+                if not grown:
+                    await asyncio.sleep(0.05)
+                    continue
+                gone = chance.choice(grown)
+                alive.remove(gone)
                 lives[gone] = (lives[gone][0], time.time())
                 try:
                     await client.delete(f"{PODS}/{gone}", gracePeriodSeconds="0")
@@ -247,6 +255,7 @@ def test_the_watch_sees_what_it_is_there_to_see(guarded: Exercise) -> None:
     watcher = Watcher(
         guarded, "stranger", [reach.format_target("tcp", address, 80) for address in fixed], 0.5
     )
+    guarded.wait_until(lambda: bool(watcher.answers), "the stranger has asked")
     guarded.lab.kubectl("delete", "meshpolicy", "servers", "-n", NAMESPACE)
     guarded.wait_until(
         lambda: any(answer["by"] == "fixed" for answer in watcher.answers), "the stranger gets through"

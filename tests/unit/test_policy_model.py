@@ -212,6 +212,21 @@ def test_an_address_that_changes_hands_is_born_again(model: Model) -> None:
     assert old and new and new.born > old.revision
 
 
+@pytest.mark.parametrize(("device", "is_same"), [(7, True), (8, False)])
+def test_a_restart_makes_no_pod_another(model: Model, device: int, is_same: bool) -> None:
+    """Flows of before are its own if it still is where it was."""
+    add(model, pod("web"), 7)
+    before = endpoint(model, "10.1.1.5")
+    assert before
+    again = Model(revision=before.revision, first_set=before.set)
+    again.endpoints.found({packed("10.1.1.5"): before})
+    again.put_namespace(Namespace(uid="n", name="shop", labels={}))
+    add(again, pod("web"), device)
+    after = endpoint(again, "10.1.1.5")
+    assert after and after.revision > before.revision and after.set > before.set
+    assert (after.born == before.born) is is_same
+
+
 def test_of_two_pods_with_one_address_the_younger_has_it(model: Model) -> None:
     add(model, pod("old", created="1"))
     add(model, pod("new", app="client", created="2"), 9)

@@ -603,9 +603,12 @@ class Model:
                 # Not yet, or not any more: without an entry it neither sends nor receives.
                 self.endpoints.discard(address)
                 continue
-            # Flows of the pod that had the address before are not its own.
+            # Flows of the pod that had the address before are not its own. One that is still at the device
+            # where an earlier agent left it is the same.
             if (pod.uid, address) not in self._born:
-                self._born[pod.uid, address] = self._next_revision()
+                left = self.endpoints.actual.get(address)
+                same = left is not None and left.ifindex == device
+                self._born[pod.uid, address] = left.born if left and same else self._next_revision()
             born = self._born[pod.uid, address]
             self.endpoints.set(
                 address,
