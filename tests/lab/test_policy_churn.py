@@ -30,7 +30,7 @@ PODS: Final = f"/api/v1/namespaces/{NAMESPACE}/pods"
 POLICIES: Final = f"/apis/meshwire.dev/v1alpha1/namespaces/{NAMESPACE}/meshpolicies"
 HOSTS: Final = range(2, 60)
 """Last parts of the addresses that pods of the lab get first."""
-PATIENCE: Final = 2.5
+PATIENCE: Final = 4.0
 """Seconds that a watcher waits for an answer: a packet or two may be lost on a busy machine, and TCP sends
 them again."""
 
