@@ -217,8 +217,10 @@ def _starting(exercise: Exercise, among: str) -> list[Figure]:
     for number in range(CYCLES):
         name = f"started-{number}"
         watching = ("watch", "--timeout=0.05", "--attempts=1", "--pause=0", target)
-        lab.apply(_pod(name, "node1", "started", *watching))
         log = lab.paths.logs / "pods" / f"default_{name}.log"
+        # A pod of this name may have been there before.
+        log.unlink(missing_ok=True)
+        lab.apply(_pod(name, "node1", "started", *watching))
         answers: list[Object] = []
         while not answers or not answers[-1]["reached"]:
             time.sleep(0.05)
