@@ -39,6 +39,9 @@ MAPS = {
     "policy",
     "flows",
     "fragments",
+    "policy_state",
+    "verdicts",
+    "pod_links",
     "policy_metrics",
     "events",
     "event_budget",
@@ -53,8 +56,8 @@ def test_all_programs_load_into_one_set_of_maps(bpffs: Path, objects: Path) -> N
         assert {path.name for path in pins.iterdir()} == MAPS
         for name in ALL:
             # What arrives is only looked up, never judged.
-            judges = name not in (loader.POLICY_IN, loader.POLICY_IN_L3)
-            assert (len(programs.get(name).map_ids) == len(MAPS)) is judges
+            is_pods = name in (loader.FROM_POD, loader.TO_POD)
+            assert (len(programs.get(name).map_ids) == len(MAPS)) is is_pods
             _, verified = loader.instructions(programs.get(name))
             assert verified < VERIFIER_LIMIT / 10, "older kernels go through more"
 

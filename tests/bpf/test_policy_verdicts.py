@@ -32,7 +32,7 @@ from meshwire.bpf.loader import (
     Programs,
 )
 from meshwire.bpf.maps import Counter
-from meshwire.bpf.policylayouts import EVENTS_PER_SECOND, CidrFlag, EndpointFlag, FlowFlag
+from meshwire.bpf.policylayouts import EVENTS_PER_SECOND, CidrFlag, EndpointFlag, FlowFlag, StateFlag
 from meshwire.bpf.policymaps import (
     CidrEntry,
     EndpointEntry,
@@ -136,12 +136,18 @@ class Node:
             self.identify(who, number)
         self.events.read()
         self.spend_events(0)
+        self.renew()
+
+    def renew(self) -> None:
+        """As an agent does after each change."""
+        self.maps.state.renew(StateFlag(0))
 
     def __getitem__(self, who: str) -> Address:
         return address(who, self.family)
 
     def identify(self, who: str, number: int) -> None:
         self.maps.identities.update(self[who], number)
+        self.renew()
 
     def pod(
         self,
@@ -164,6 +170,7 @@ class Node:
             flags,
         )
         self.maps.endpoints.update(self[who], entry)
+        self.renew()
 
     def rule(
         self,
@@ -179,6 +186,7 @@ class Node:
     ) -> None:
         key = PolicyKey(rules, peer, direction, protocol, port, bits if protocol else 0)
         self.maps.policies.update(key, PolicyEntry(number, deny))
+        self.renew()
 
     def send(self, program: str, packet: bytes) -> Reason:
         return self.deliver(program, packet if program in (POLICY_OUT_L3, POLICY_IN_L3) else p.frame(packet))
@@ -249,6 +257,8 @@ class Node:
             value.expires = max(0, value.expires - int(seconds * 1e9))
             update(fd, key, value, "ageing a flow")
         os.close(fd)
+        # So much later, nothing of before would be remembered.
+        self.renew()
 
     def spend_events(self, sent: int) -> None:
         """On every CPU, in the second that begins now."""
@@ -787,6 +797,19 @@ def test_a_new_revision_judges_known_flows_anew(node: Node) -> None:
     node.pod(flags=ENFORCED, revision=3)
     assert node.send(FROM_POD, back) is Reason.POLICY_REPLY
     assert node.send(TO_POD, there) is ALLOWED
+
+
+@families
+def test_what_is_remembered_lasts_a_second_at_most(node: Node) -> None:
+    """A flow that nobody has said anything about since is looked at again."""
+    node.pod(flags=ENFORCED)
+    node.rule(EGRESS, REMOTE)
+    packet = node.udp("our pod", "remote pod")
+    assert [node.send(FROM_POD, packet) for _ in range(3)] == [ALLOWED] * 3
+    entry = EndpointEntry(HERE, OURS, OTHER_SET, 0, 2, 1, ENFORCED)
+    node.maps.endpoints.update(node["our pod"], entry)
+    time.sleep(1.1)
+    assert node.send(FROM_POD, packet) is NO_EGRESS
 
 
 @families

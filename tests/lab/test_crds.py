@@ -98,6 +98,7 @@ def try_to_apply(lab: Lab, *objects: dict[str, Any], account: str = "") -> str:
         (config(network={"mtu": 1000}), "must be 0 (found by itself) or 1280 to 65535"),
         (config(policy={"excludedLabels": ["a", "a"]}), "duplicate value"),
         (config(policy={"excludedLabels": ["k8s:a"]}), "should match"),
+        (config(policy={"sameNodePath": "Fast"}), "supported values"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -253,6 +254,7 @@ def test_a_policy_that_cannot_be_is_refused_with_a_reason(
     [
         config(policy={"enabled": True, "networkPolicies": False, "excludedLabels": []}),
         config(policy={"excludedLabels": ["app.kubernetes.io/version"]}),
+        config(policy={"sameNodePath": "Stack"}),
         from_items(),
         from_items({}),
         policy({"enableDefaultDeny": {"egress": True}, "mode": "Audit", "description": "all"}),

@@ -993,8 +993,24 @@ def test_policy_settings_are_read() -> None:
     assert (
         MeshConfig.from_object({"spec": {"policy": {"excludedLabels": []}}}).policy.excluded_labels == set()
     )
+    with pytest.raises(InvalidSpec, match="spec.policy.sameNodePath"):
+        MeshConfig.from_object({"spec": {"policy": {"sameNodePath": "Fast"}}})
     with pytest.raises(InvalidSpec, match=r"spec.policy.excludedLabels\[0\]: 'k8s:a' is not a label's key"):
         MeshConfig.from_object({"spec": {"policy": {"excludedLabels": ["k8s:a"]}}})
+
+
+@pytest.mark.parametrize(
+    ("policy", "skips"),
+    [
+        ({}, True),
+        ({"networkPolicies": False}, False),
+        ({"networkPolicies": False, "sameNodePath": "Direct"}, True),
+        ({"sameNodePath": "Stack"}, False),
+        ({"sameNodePath": "Auto"}, True),
+    ],
+)
+def test_others_policies_see_what_they_may_need_to(policy: dict[str, Any], skips: bool) -> None:
+    assert MeshConfig.from_object({"spec": {"policy": policy}}).policy.skips_stack is skips
 
 
 def schema(kind: str) -> Any:

@@ -95,6 +95,12 @@ static __always_inline int read_ports(struct __sk_buff *skb, const struct mw_pac
 		       0;
 }
 
+/* A connection's first packet. */
+static __always_inline bool is_first_syn(const struct mw_flow_key *key, __u8 tcp_flags)
+{
+	return key->protocol == IPPROTO_TCP && (tcp_flags & (MW_TCP_SYN | MW_TCP_ACK)) == MW_TCP_SYN;
+}
+
 /* The flow that the packet would be a reply of, `direction` aside. False for packets that only ever begin
  * one: a connection's first SYN, an echo request, and other ICMP. */
 static __always_inline bool reverse_key(const struct mw_flow_key *key, __u8 tcp_flags,
@@ -111,7 +117,7 @@ static __always_inline bool reverse_key(const struct mw_flow_key *key, __u8 tcp_
 	}
 	reverse->sport = key->dport;
 	reverse->dport = key->sport;
-	return key->protocol != IPPROTO_TCP || (tcp_flags & (MW_TCP_SYN | MW_TCP_ACK)) != MW_TCP_SYN;
+	return !is_first_syn(key, tcp_flags);
 }
 
 static __always_inline __u64 lifetime(__u8 protocol, __u8 flags)
@@ -129,14 +135,14 @@ static __always_inline __u64 lifetime(__u8 protocol, __u8 flags)
 	}
 }
 
-/* What a flow's flags are after a packet of it. Ports that are used again begin anew. */
+/* What a flow's flags are after a packet of it, the way it takes aside. Ports that are used again begin anew. */
 static __always_inline __u8 next_flags(__u8 flags, const struct mw_flow_key *key, __u8 tcp_flags, bool reply)
 {
 	if (reply)
 		flags |= MW_FLOW_REPLIED;
 	if (key->protocol != IPPROTO_TCP)
 		return flags;
-	if (!reply && (tcp_flags & (MW_TCP_SYN | MW_TCP_ACK)) == MW_TCP_SYN)
+	if (!reply && is_first_syn(key, tcp_flags))
 		return 0;
 	if (tcp_flags & MW_TCP_FIN)
 		flags |= reply ? MW_FLOW_FIN_REPLY : MW_FLOW_FIN;
@@ -147,9 +153,9 @@ static __always_inline __u8 next_flags(__u8 flags, const struct mw_flow_key *key
 
 /* Notes a packet in its flow. Most packets move `expires` by less than a second, and write nothing. */
 static __always_inline void touch_flow(struct mw_flow *flow, const struct mw_flow_key *key, __u8 tcp_flags,
-				       bool reply, __u64 now)
+				       bool reply, __u8 way, __u64 now)
 {
-	__u8 flags = next_flags(flow->flags, key, tcp_flags, reply);
+	__u8 flags = next_flags(flow->flags & ~MW_FLOW_WAY, key, tcp_flags, reply) | way;
 	__u64 expires = now + lifetime(key->protocol, flags);
 
 	if (flags != flow->flags)

@@ -10,6 +10,14 @@
 #define MW_NDP_HOP_LIMIT 255 /* nobody has forwarded it */
 #define MW_NDP_MULTICAST_HOP_LIMIT 1 /* nobody will: MLD, IGMP */
 
+/* Where a packet is asked about, as far as that says something about its way between two pods of this node. */
+enum mw_where {
+	MW_ON_ITS_WAY, /* it says nothing */
+	MW_LEAVING, /* its pod, for a pod of this node that it could be handed to */
+	MW_SKIPPING, /* for the other one directly */
+	MW_THROUGH_STACK, /* for its pod, from another of this node */
+};
+
 /* A packet, and the pod whose policy is asked about it. */
 struct mw_question {
 	struct mw_flow_key key; /* the packet's; `direction`: whether the pod sends it or gets it */
@@ -22,6 +30,11 @@ struct mw_question {
 	__u8 direction; /* answer: whose policy decided; a reply is judged by that of its flow */
 	bool translated; /* whoever translates service addresses has done so */
 	bool would_deny; /* answer: under policies in mode Audit */
+	__u8 where; /* enum mw_where */
+	bool may_skip; /* there is all it takes to hand packets to the other pod directly */
+	__u8 way; /* answer: MW_FLOW_DIRECT, MW_FLOW_STACK or 0, not known */
+	__u8 sender_reason; /* answer: where the packet goes directly, by the policy of the pod that sends it */
+	struct mw_verdict verdict; /* answer: the packet's way, to be remembered */
 };
 
 enum mw_ruling {
@@ -221,13 +234,66 @@ MW_SUBPROGRAM enum mw_reason judge(struct mw_question *question, const struct mw
 	return reason;
 }
 
+static __always_inline struct mw_policy_state *state_of(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&policy_state, &zero);
+}
+
+/* The way that a flow between two pods of this node takes, after a packet of it (or a reply to it). `way` is
+ * the one it took so far, 0 where it begins; `known`: there was such a flow.
+ *
+ * What goes directly, conntrack doesn't see. So no packet may go that way which conntrack would translate:
+ * neither what a service leads to the other pod, nor the answer to that. The first that applies:
+ *
+ *  1. Handed to the other pod: DIRECT.
+ *  2. Where it leaves its pod: as it was. A connection's first packet to a pod's own address is nothing
+ *     that would be translated: DIRECT. Of any other packet, only where it comes out can tell.
+ *  3. Out of the stack, TCP: STACK, unless it was DIRECT, and can't go that way for the moment.
+ *  4. Out of the stack, of a flow that goes directly: STACK. A service led it here, and conntrack has to see
+ *     both from now on, to keep them apart by their ports.
+ *  5. Out of the stack as it went in (the sender's flow was not begun here): DIRECT. Nothing translates it,
+ *     and so nothing does its answers. */
+static __always_inline __u8 next_way(struct mw_question *question, const struct mw_flow_key *key, __u8 way,
+				     bool known, bool reply)
+{
+	struct mw_policy_state *state;
+
+	switch (question->where) {
+	case MW_SKIPPING:
+		return MW_FLOW_DIRECT; /* 1 */
+	case MW_LEAVING:
+		return !way && !reply && is_first_syn(key, question->tcp_flags) ? MW_FLOW_DIRECT : way; /* 2 */
+	case MW_THROUGH_STACK:
+		if (key->protocol != IPPROTO_UDP)
+			return way ? way : MW_FLOW_STACK; /* 3 */
+		if (way == MW_FLOW_DIRECT) {
+			state = state_of();
+			if (state)
+				__sync_fetch_and_add(&state->upsets, 1);
+			return MW_FLOW_STACK; /* 4 */
+		}
+		if (way || reply || !question->may_skip)
+			return MW_FLOW_STACK;
+		/* 5. The receiver's flow is begun here, by what the sender's says. */
+		if (key->direction == MW_EGRESS ? known : !known && question->way == MW_FLOW_DIRECT)
+			return MW_FLOW_DIRECT;
+		return MW_FLOW_STACK;
+	default:
+		return way;
+	}
+}
+
 /* What is known of a flow, for a packet of it (or a reply to it); MW_NOT_OURS: nothing. The first that
  * applies:
  *
  *  1. There is none, it expired, or it is from before the pod was made: nothing.
- *  2. It was judged by these rules, with this peer, and let through: its judgement stands. So it does
+ *  2. It goes directly, and a service leads the first packet of another connection to the same ports: dropped,
+ *     PORTS_IN_USE. The pod at the other end would take it for one of the connection that is there.
+ *  3. It was judged by these rules, with this peer, and let through: its judgement stands. So it does
  *     where it was deferred, until the real destination is known.
- *  3. Anything else is judged anew, as the packet that began it. What is dropped now stays known, and is
+ *  4. Anything else is judged anew, as the packet that began it. What is dropped now stays known, and is
  *     judged each time: if it were forgotten, the next packet the other way could begin a flow that this
  *     one is a reply to. */
 MW_SUBPROGRAM enum mw_reason follow(struct mw_question *question, const struct mw_flow_key *key,
@@ -236,32 +302,45 @@ MW_SUBPROGRAM enum mw_reason follow(struct mw_question *question, const struct m
 	struct mw_flow *flow = bpf_map_lookup_elem(&flows, key);
 	const __u64 now = bpf_ktime_get_ns();
 	enum mw_reason reason;
+	__u8 way;
 
 	if (!flow || flow->expires <= now || flow->revision < question->pod.born)
 		return MW_NOT_OURS; /* 1 */
+	way = flow->flags & MW_FLOW_WAY;
+	if (!reply && is_first_syn(key, question->tcp_flags)) {
+		if (flow->flags & MW_FLOW_CLOSING)
+			way = 0;
+		else if (way == MW_FLOW_DIRECT && question->where == MW_THROUGH_STACK)
+			return MW_DROP_PORTS_IN_USE; /* 2 */
+	}
+	way = next_way(question, key, way, true, reply);
 	reason = flow->reason;
 	if (flow->revision != question->pod.revision || flow->peer != question->peer || is_drop(reason) ||
 	    (reason == MW_POLICY_DEFERRED && question->translated)) {
-		reason = judge(question, key); /* 3 */
+		reason = judge(question, key); /* 4 */
 		flow->reason = reason;
 		flow->peer = question->peer;
 		flow->revision = question->pod.revision;
 	}
-	touch_flow(flow, key, question->tcp_flags, reply, now);
+	touch_flow(flow, key, question->tcp_flags, reply, way, now);
+	question->way = way;
 	return reply && !is_drop(reason) ? MW_POLICY_REPLY : reason;
 }
 
 /* Whether a flow that began in `direction` is known and was let through by these rules, whoever the other end
- * is by now. Changes nothing. */
-MW_SUBPROGRAM bool is_let_through(const struct mw_question *question, struct mw_flow_key *key,
+ * is by now. Answers with its way, too; changes nothing. */
+MW_SUBPROGRAM bool is_let_through(struct mw_question *question, struct mw_flow_key *key,
 				      enum mw_direction direction)
 {
 	const struct mw_flow *flow;
 
 	key->direction = direction;
 	flow = bpf_map_lookup_elem(&flows, key);
-	return flow && flow->expires > bpf_ktime_get_ns() && flow->revision >= question->pod.born &&
-	       flow->revision == question->pod.revision && !is_drop(flow->reason);
+	if (!flow || flow->expires <= bpf_ktime_get_ns() || flow->revision < question->pod.born ||
+	    flow->revision != question->pod.revision || is_drop(flow->reason))
+		return false;
+	question->way = flow->flags & MW_FLOW_WAY;
+	return true;
 }
 
 static __always_inline bool is_same(const __u8 *one, const __u8 *other)
@@ -291,7 +370,7 @@ static __always_inline bool is_about_flow(struct mw_question *question, enum mw_
 	return reverse_key(&question->quoted, 0, key) && is_let_through(question, key, direction);
 }
 
-static __always_inline void record_flow(const struct mw_question *question, const struct mw_flow_key *key,
+static __always_inline void record_flow(struct mw_question *question, const struct mw_flow_key *key,
 					enum mw_reason reason)
 {
 	struct mw_flow flow = {
@@ -300,7 +379,8 @@ static __always_inline void record_flow(const struct mw_question *question, cons
 		.reason = reason,
 	};
 
-	flow.flags = next_flags(0, key, question->tcp_flags, false);
+	question->way = next_way(question, key, 0, false, false);
+	flow.flags = next_flags(0, key, question->tcp_flags, false) | question->way;
 	flow.expires = bpf_ktime_get_ns() + lifetime(key->protocol, flow.flags);
 	bpf_map_update_elem(&flows, key, &flow, BPF_ANY);
 }

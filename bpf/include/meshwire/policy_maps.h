@@ -73,6 +73,30 @@ struct {
 } fragments SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, struct mw_policy_state);
+} policy_state SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MW_MAX_VERDICTS);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+	__type(key, struct mw_verdict_key);
+	__type(value, struct mw_verdict);
+} verdicts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, MW_MAX_POD_LINKS);
+	__uint(pinning, LIBBPF_PIN_BY_NAME);
+	__type(key, __u32);
+	__type(value, struct mw_pod_link);
+} pod_links SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, MW_MAX_REASONS * MW_DIRECTIONS);
 	__uint(pinning, LIBBPF_PIN_BY_NAME);

@@ -13,6 +13,8 @@
 #define MW_MAX_POLICY 524288
 #define MW_MAX_FLOWS 262144
 #define MW_MAX_FRAGMENTS 8192
+#define MW_MAX_VERDICTS 65536
+#define MW_MAX_POD_LINKS 8192
 #define MW_EVENT_BYTES (1 << 20)
 
 /* Reserved identities, and the bits of the others: meshwire.policy.identity explains them. */
@@ -118,6 +120,50 @@ enum mw_flow_flags {
 	MW_FLOW_FIN = 1 << 1, /* of the side that began */
 	MW_FLOW_FIN_REPLY = 1 << 2,
 	MW_FLOW_CLOSING = 1 << 3, /* both have sent a FIN, or one a RST */
+	/* Between two pods of this node, by which way; neither: not known yet. */
+	MW_FLOW_DIRECT = 1 << 4, /* from pod to pod: nothing translates its addresses */
+	MW_FLOW_STACK = 1 << 5, /* through the host's stack, which may translate them */
+};
+#define MW_FLOW_WAY (MW_FLOW_DIRECT | MW_FLOW_STACK)
+
+/* The one value of `policy_state`. What was remembered in `verdicts` under another pair of numbers is void. */
+struct mw_policy_state {
+	__u32 generation; /* raised by user space after it has changed any of the other maps */
+	__u32 upsets; /* raised by programs: a flow takes another way than it did */
+	__u32 flags; /* enum mw_policy_state_flags */
+};
+
+enum mw_policy_state_flags {
+	MW_SKIP_STACK = 1 << 0, /* flows between two pods of this node go directly, where they can */
+};
+
+/* Key of `verdicts` (LRU): a packet in the middle of a TCP or UDP flow, as it is seen at a pod's device. */
+struct mw_verdict_key {
+	__u8 src[16], dst[16]; /* network order, as in mw_ip */
+	__be16 sport, dport;
+	__u32 ifindex;
+	__u8 family;
+	__u8 protocol;
+	__u8 direction; /* enum mw_direction: MW_EGRESS where the pod sends it */
+	__u8 pad;
+};
+
+/* What was found for such a packet, so that those of the next second need one lookup instead of a dozen. */
+struct mw_verdict {
+	__u64 until; /* bpf_ktime_get_coarse_ns */
+	__u32 generation, upsets; /* of policy_state, before it was found */
+	__u32 target; /* the pod's device it goes to directly; 0: on to the stack */
+	__u8 macs[12]; /* destination and source for the target; all zero: those it has */
+	__u8 reason; /* enum mw_reason, of the pod's policy */
+	__u8 target_reason; /* of the target's, for what it gets */
+	__u8 pad[6];
+};
+
+/* Value of `pod_links` (LRU, key: the ifindex of the host's end): the addresses of a pod's link, as the pod's
+ * own frames tell. */
+struct mw_pod_link {
+	__u8 pod[6];
+	__u8 gateway[6]; /* what it sends to; all zero where the host's end is a bridge's port */
 };
 
 /* Key and value of `fragments` (LRU): the ports of a datagram whose first fragment was let through. */

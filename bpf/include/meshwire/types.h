@@ -95,7 +95,8 @@ enum mw_reason {
 	MW_DROP_WRONG_POD = 140, /* to a pod, for an address that is not its own */
 	MW_DROP_FRAGMENT_UNKNOWN = 141, /* a later fragment whose first one was not seen, or not let through */
 	MW_DROP_UNKNOWN_POD = 142, /* to or from an address of this node's pods that none is known to have (yet) */
-	MW_REASONS = 143,
+	MW_DROP_PORTS_IN_USE = 143, /* a service leads a new connection to where the pod has one with these very ports */
+	MW_REASONS = 144,
 };
 
 /* Value of `metrics` and `policy_metrics`, one per CPU. */

@@ -69,6 +69,7 @@ class Reason(IntEnum):
     DROP_WRONG_POD = 140
     DROP_FRAGMENT_UNKNOWN = 141
     DROP_UNKNOWN_POD = 142
+    DROP_PORTS_IN_USE = 143
 
     @property
     def dropped(self) -> bool:

@@ -13,6 +13,8 @@ MAX_SERVICES: Final = 65536
 MAX_POLICY: Final = 524288
 MAX_FLOWS: Final = 262144
 MAX_FRAGMENTS: Final = 8192
+MAX_VERDICTS: Final = 65536
+MAX_POD_LINKS: Final = 8192
 EVENTS_PER_SECOND: Final = 2000
 
 POLICY_BITS_ALL: Final = 72
@@ -40,6 +42,12 @@ class FlowFlag(IntFlag):
     FIN = 1 << 1
     FIN_REPLY = 1 << 2
     CLOSING = 1 << 3
+    DIRECT = 1 << 4
+    STACK = 1 << 5
+
+
+class StateFlag(IntFlag):
+    SKIP_STACK = 1 << 0
 
 
 class Ip(ctypes.Structure):
@@ -133,6 +141,53 @@ class Flow(ctypes.Structure):
         ("reason", ctypes.c_uint8),
         ("pad", ctypes.c_uint8 * 6),
     ]
+
+
+class State(ctypes.Structure):
+    """`struct mw_policy_state`, the one value of `policy_state`."""
+
+    _fields_ = [
+        ("generation", ctypes.c_uint32),
+        ("upsets", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    ]
+
+
+class VerdictKey(ctypes.Structure):
+    """`struct mw_verdict_key`, the key of `verdicts`. Ports are in network order."""
+
+    _fields_ = [
+        ("src", ctypes.c_uint8 * 16),
+        ("dst", ctypes.c_uint8 * 16),
+        ("sport", ctypes.c_uint16),
+        ("dport", ctypes.c_uint16),
+        ("ifindex", ctypes.c_uint32),
+        ("family", ctypes.c_uint8),
+        ("protocol", ctypes.c_uint8),
+        ("direction", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8),
+    ]
+
+
+class Verdict(ctypes.Structure):
+    """`struct mw_verdict`, the value of `verdicts`."""
+
+    _fields_ = [
+        ("until", ctypes.c_uint64),
+        ("generation", ctypes.c_uint32),
+        ("upsets", ctypes.c_uint32),
+        ("target", ctypes.c_uint32),
+        ("macs", ctypes.c_uint8 * 12),
+        ("reason", ctypes.c_uint8),
+        ("target_reason", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8 * 6),
+    ]
+
+
+class PodLink(ctypes.Structure):
+    """`struct mw_pod_link`, the value of `pod_links`, whose key is an ifindex."""
+
+    _fields_ = [("pod", ctypes.c_uint8 * 6), ("gateway", ctypes.c_uint8 * 6)]
 
 
 class FragmentKey(ctypes.Structure):

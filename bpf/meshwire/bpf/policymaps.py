@@ -36,6 +36,7 @@ from meshwire.bpf.policylayouts import (
     CidrFlag,
     EndpointFlag,
     FlowFlag,
+    StateFlag,
 )
 
 Address = IPv4Address | IPv6Address
@@ -296,6 +297,29 @@ class Flows:
         return len(keys)
 
 
+class State:
+    """Voids the verdicts that the programs remember, and says how they work. All methods raise OSError."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def read(self) -> StateFlag:
+        return StateFlag(self._read().flags)
+
+    def renew(self, flags: StateFlag) -> None:
+        """After any change of the other maps. Until then, and for a second at most, packets of known flows
+        may be treated as before it."""
+        state = self._read()
+        state.generation = (state.generation + 1) % 2**32
+        state.flags = flags
+        update(self._fd, c_uint32(0), state, "writing policy_state")
+
+    def _read(self) -> layouts.State:
+        state: layouts.State
+        ((_, state),) = items(self._fd, c_uint32, layouts.State)
+        return state
+
+
 class Events:
     """Reads the ring buffer, of which there can be one reader; a context manager."""
 
@@ -353,6 +377,7 @@ class PolicyMaps:
         services: Services,
         policies: Policies,
         flows: Flows,
+        state: State,
         metrics: Metrics,
         events: int,
         event_budget: int,
@@ -365,6 +390,7 @@ class PolicyMaps:
         self.services = services
         self.policies = policies
         self.flows = flows
+        self.state = state
         self.metrics = metrics
         self._events = events
         self._event_budget = event_budget
@@ -385,6 +411,7 @@ class PolicyMaps:
                 services=Services(opened("services")),
                 policies=Policies(opened("policy")),
                 flows=Flows(opened("flows")),
+                state=State(opened("policy_state")),
                 metrics=Metrics(opened("policy_metrics")),
                 events=opened("events"),
                 event_budget=opened("event_budget"),

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Attached to the egress of the host's end of every pod's veth: what the pod gets. */
-#include <meshwire/policy.h>
+#include <meshwire/shortcut.h>
 
 /* The first that applies:
  *
@@ -23,10 +23,13 @@ static __always_inline enum mw_reason to_pod(struct __sk_buff *skb, const struct
 	if (reason != MW_NOT_OURS)
 		return reason;
 	if (pod_lookup(&packet->src, &question->pod)) {
+		question->where = MW_THROUGH_STACK;
+		question->may_skip = could_skip(packet, question, skb->ifindex);
 		question->translated = true;
 		reason = ask(question, MW_EGRESS);
 		if (is_drop(reason))
 			return reason; /* 3 */
+		question->sender_reason = reason;
 		if (reason == MW_POLICY_WOULD_DENY)
 			count_policy(skb, reason, question->direction);
 		question->translated = false;
@@ -42,14 +45,21 @@ int mwp_to_pod(struct __sk_buff *skb)
 	struct mw_question question;
 	enum mw_reason reason = MW_NOT_OURS;
 	struct mw_packet packet = {};
-	int parsed = read_packet(skb, true, &packet, &question);
+	int action, parsed;
 
+	action = recall(skb, MW_INGRESS);
+	if (action != MW_NOT_REMEMBERED)
+		return action;
+	parsed = read_packet(skb, true, &packet, &question);
+	begin_verdict(&question.verdict);
 	question.direction = MW_INGRESS;
 	if (parsed == MW_IP)
 		reason = to_pod(skb, &packet, &question);
 	else if (parsed == MW_UNREADABLE)
 		reason = MW_DROP_MALFORMED;
-	return finish_policy(skb, &packet, &question, reason);
+	action = finish_policy(skb, &packet, &question, reason);
+	remember(skb, &question, reason, MW_INGRESS);
+	return action;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

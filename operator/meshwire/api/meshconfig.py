@@ -46,6 +46,12 @@ class Userspace(StrEnum):
     ALWAYS = "Always"
 
 
+class SameNodePath(StrEnum):
+    AUTO = "Auto"
+    DIRECT = "Direct"
+    STACK = "Stack"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encryption:
     enabled: bool = False
@@ -71,8 +77,17 @@ class PolicySettings:
     enabled: bool = False
     network_policies: bool = True
     """NetworkPolicies are enforced too."""
+    same_node_path: SameNodePath = SameNodePath.AUTO
     excluded_labels: frozenset[str] = EXCLUDED_LABELS
     """Keys of pods' own labels that are no part of identities."""
+
+    @property
+    def skips_stack(self) -> bool:
+        """Pods of one node reach each other directly, where nothing translates their addresses. Not by
+        default where somebody else enforces NetworkPolicies: probably there, in the host's stack."""
+        if self.same_node_path is SameNodePath.AUTO:
+            return self.network_policies
+        return self.same_node_path is SameNodePath.DIRECT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +153,7 @@ def _policy(source: Mapping[str, Any]) -> PolicySettings:
     return PolicySettings(
         enabled=fields.boolean(source, "enabled", path, default=False),
         network_policies=fields.boolean(source, "networkPolicies", path, default=True),
+        same_node_path=fields.choice(source, "sameNodePath", path, default=SameNodePath.AUTO),
         excluded_labels=(
             frozenset(fields.listed(source, "excludedLabels", path, fields.label_key))
             if source.get("excludedLabels") is not None

@@ -245,7 +245,9 @@ class Enforcer:
         own = world.nodes.get(self._settings.node)
         if stale:
             self._guessed = self._kernel.guess_pod_devices(own.pod_cidrs if own else ())
-        self._kernel.apply(model, outward, self._guessed, resync=resync, fresh=stale)
+        self._kernel.apply(
+            model, outward, self._guessed, skips_stack=asked.skips_stack, resync=resync, fresh=stale
+        )
         return Outcome(
             waiting=bool(model.waiting_for_device()),
             in_force=_in_force(model, self._hub.would_deny),

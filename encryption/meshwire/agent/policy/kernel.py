@@ -23,6 +23,7 @@ from meshwire.bpf.layouts import Direction as Hook
 from meshwire.bpf.layouts import Reason
 from meshwire.bpf.loader import Programs
 from meshwire.bpf.maps import Counter
+from meshwire.bpf.policylayouts import StateFlag
 from meshwire.bpf.policymaps import CidrEntry, EndpointEntry, Events, PolicyEntry, PolicyKey, PolicyMaps
 from meshwire.encryption import netlink
 from meshwire.encryption.model import Link
@@ -159,10 +160,18 @@ class PolicyKernel:
         )
 
     def apply(
-        self, model: Model, outward: Iterable[Link], guessed: Iterable[int], *, resync: bool, fresh: bool
+        self,
+        model: Model,
+        outward: Iterable[Link],
+        guessed: Iterable[int],
+        *,
+        skips_stack: bool,
+        resync: bool,
+        fresh: bool,
     ) -> None:
         """Brings maps and filters to what the model says. `outward` are the devices by which pods' traffic
-        leaves the node, `guessed` those that seem to be pods'."""
+        leaves the node, `guessed` those that seem to be pods'. `skips_stack`: that between two of them does
+        so directly."""
         self._loaded()
         if resync:
             self._read_into(model)
@@ -170,10 +179,10 @@ class PolicyKernel:
         if self._is_settled:
             # A pod that is new is guarded first, and then comes to be known to others.
             self._attach(model, outward, guessed, fresh)
-            self._write(model)
+            self._write(model, skips_stack)
         else:
             # Pods that run already go on while there is nothing yet to judge them by.
-            self._write(model)
+            self._write(model, skips_stack)
             self._attach(model, outward, guessed, fresh)
             self._is_settled = True
 
@@ -207,7 +216,18 @@ class PolicyKernel:
             }
         )
 
-    def _write(self, model: Model) -> None:
+    def _write(self, model: Model, skips_stack: bool) -> None:
+        state = self._loaded().state
+        flags = StateFlag.SKIP_STACK if skips_stack else StateFlag(0)
+        if model.is_settled and state.read() == flags:
+            return
+        try:
+            self._write_tables(model)
+        finally:
+            # Also after the half of it: the sooner nothing older is remembered, the better.
+            state.renew(flags)
+
+    def _write_tables(self, model: Model) -> None:
         # The order, and why:
         #  1. Services and rules that are new or change. Of one group the longest match decides, so the
         #     longest goes first: each port goes from its old verdict to the new one, by way of no third.

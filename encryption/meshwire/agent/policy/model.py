@@ -134,6 +134,14 @@ class Model:
         self._own_claims: dict[bytes, dict[str, int]] = {}
         self._cidr_numbers: Mapping[Network, int] = {}
 
+    @property
+    def is_settled(self) -> bool:
+        """All maps hold what they should."""
+        return all(
+            table.is_settled
+            for table in (self.identities, self.cidrs, self.services, self.endpoints, self.entries)
+        )
+
     # Policies
 
     def put_policy(self, policy: Policy) -> None:

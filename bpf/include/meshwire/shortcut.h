@@ -1,0 +1,228 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
+/* Two ways for packets between pods to cost less than a judgement and the host's stack: verdicts that are
+ * remembered, and pods of one node to whom packets are handed directly. */
+#pragma once
+
+#include <linux/if_packet.h>
+
+#include <meshwire/policy.h>
+
+#define MW_REMEMBERED MW_SECOND /* the flow's own entry hears of its packets at least this often */
+
+#define MW_NOT_REMEMBERED (-2) /* no TC action */
+
+#define MW_IPV4_PLAIN 0x45 /* version 4, no options */
+#define MW_TCP_FLAGS 13 /* offset in the header */
+
+/* The key of a packet in the middle of a flow: TCP that neither begins nor ends a connection, or UDP, with
+ * nothing unusual about its headers. False for any other. */
+static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_direction direction,
+				       struct mw_verdict_key *key)
+{
+	const __u8 *data = (const __u8 *)(long)skb->data;
+	const __u8 *end = (const __u8 *)(long)skb->data_end;
+	const struct ethhdr *ethernet = (const struct ethhdr *)data;
+	const struct iphdr *ip = (const struct iphdr *)(data + ETH_HLEN);
+	const struct ipv6hdr *ip6 = (const struct ipv6hdr *)(data + ETH_HLEN);
+	const __u8 *transport;
+
+	__builtin_memset(key, 0, sizeof(*key));
+	if (data + ETH_HLEN + sizeof(*ip) > end)
+		return false;
+	if (ethernet->h_proto == bpf_htons(ETH_P_IP)) {
+		if (*(const __u8 *)ip != MW_IPV4_PLAIN || ip->frag_off & bpf_htons(MW_IPV4_MORE | MW_IPV4_OFFSET))
+			return false;
+		key->family = MW_IPV4;
+		key->protocol = ip->protocol;
+		__builtin_memcpy(key->src, &ip->saddr, sizeof(ip->saddr));
+		__builtin_memcpy(key->dst, &ip->daddr, sizeof(ip->daddr));
+		transport = (const __u8 *)(ip + 1);
+	} else if (ethernet->h_proto == bpf_htons(ETH_P_IPV6)) {
+		if (data + ETH_HLEN + sizeof(*ip6) > end || *(const __u8 *)ip6 >> 4 != 6)
+			return false;
+		key->family = MW_IPV6;
+		key->protocol = ip6->nexthdr;
+		__builtin_memcpy(key->src, &ip6->saddr, sizeof(key->src));
+		__builtin_memcpy(key->dst, &ip6->daddr, sizeof(key->dst));
+		transport = (const __u8 *)(ip6 + 1);
+	} else {
+		return false;
+	}
+
+	if (key->protocol == IPPROTO_TCP) {
+		if (transport + MW_TCP_FLAGS + 1 > end ||
+		    transport[MW_TCP_FLAGS] & (MW_TCP_SYN | MW_TCP_FIN | MW_TCP_RST))
+			return false;
+	} else if (key->protocol != IPPROTO_UDP || transport + 4 > end) {
+		return false;
+	}
+	__builtin_memcpy(&key->sport, transport, sizeof(key->sport) + sizeof(key->dport));
+	key->ifindex = skb->ifindex;
+	key->direction = direction;
+	return true;
+}
+
+/* Hands the packet to the pod behind `verdict->target`; the TC action. Its time to live stays as it is:
+ * nobody has routed it. */
+static __always_inline int hand_over(struct __sk_buff *skb, const struct mw_verdict *verdict)
+{
+	const __u32 *macs = (const __u32 *)verdict->macs;
+
+	if (macs[0] | macs[1] | macs[2]) {
+		if (bpf_skb_store_bytes(skb, 0, verdict->macs, sizeof(verdict->macs), 0))
+			return TC_ACT_SHOT;
+	} else if (skb->pkt_type != PACKET_HOST && bpf_skb_change_type(skb, PACKET_HOST)) {
+		/* It was for a port of the same bridge, not for the device it came by. */
+		return TC_ACT_SHOT;
+	}
+	return bpf_redirect_peer(verdict->target, 0);
+}
+
+/* The TC action on the packet by what was found for those like it lately; it is counted, too.
+ * MW_NOT_REMEMBERED: nothing that still stands. */
+__noinline int recall(struct __sk_buff *skb, enum mw_direction direction)
+{
+	const struct mw_policy_state *state = state_of();
+	const struct mw_verdict *verdict;
+	struct mw_verdict_key key;
+
+	if (!state || !read_plain(skb, direction, &key))
+		return MW_NOT_REMEMBERED;
+	verdict = bpf_map_lookup_elem(&verdicts, &key);
+	if (!verdict || verdict->generation != state->generation || verdict->upsets != state->upsets ||
+	    verdict->until <= bpf_ktime_get_coarse_ns())
+		return MW_NOT_REMEMBERED;
+	count_policy(skb, verdict->reason, direction);
+	if (!verdict->target)
+		return TC_ACT_UNSPEC;
+	count_policy(skb, verdict->target_reason, MW_INGRESS);
+	return hand_over(skb, verdict);
+}
+
+/* Before anything is looked up for the packet. */
+static __always_inline void begin_verdict(struct mw_verdict *verdict)
+{
+	const struct mw_policy_state *state = state_of();
+
+	if (!state)
+		return;
+	verdict->generation = state->generation;
+	verdict->upsets = state->upsets;
+}
+
+static __always_inline bool is_own_pod(const __u8 *addr, __u8 family)
+{
+	struct mw_ip ip = ip_of(addr, family);
+
+	return bpf_map_lookup_elem(&endpoints, &ip);
+}
+
+/* Keeps what was found for the packet where that says the same of those that follow. Of UDP between pods of
+ * this node it doesn't while its way is open, nor where it goes directly and this came out of the stack. */
+__noinline int remember(struct __sk_buff *skb, const struct mw_question *question, enum mw_reason reason,
+			    enum mw_direction direction)
+{
+	struct mw_verdict_key key;
+	struct mw_verdict verdict;
+
+	if (!question || is_drop(reason) || reason == MW_NOT_OURS || reason == MW_POLICY_WOULD_DENY ||
+	    question->sender_reason == MW_POLICY_WOULD_DENY)
+		return 0;
+	if (!read_plain(skb, direction, &key))
+		return 0;
+	if (key.protocol == IPPROTO_UDP && question->way != MW_FLOW_STACK && !question->verdict.target &&
+	    is_own_pod(direction == MW_EGRESS ? key.dst : key.src, key.family))
+		return 0;
+	verdict = question->verdict;
+	verdict.until = bpf_ktime_get_coarse_ns() + MW_REMEMBERED;
+	verdict.reason = reason;
+	if (verdict.target) {
+		verdict.reason = question->sender_reason;
+		verdict.target_reason = reason;
+	}
+	bpf_map_update_elem(&verdicts, &key, &verdict, BPF_ANY);
+	return 0;
+}
+
+/* Without a branch: the verifier would follow each. */
+static __always_inline bool is_same_mac(const __u8 *one, const __u8 *other)
+{
+	__u8 different = 0;
+	int i;
+
+	for (i = 0; i < ETH_ALEN; i++)
+		different |= one[i] ^ other[i];
+	return !different;
+}
+
+/* Notes the addresses of the pod's link by a frame that it sends. */
+__noinline int learn_link(struct __sk_buff *skb)
+{
+	__u32 ifindex = skb->ifindex;
+	const struct mw_pod_link *known = bpf_map_lookup_elem(&pod_links, &ifindex);
+	struct mw_pod_link link = {};
+	__u8 macs[12];
+
+	if (bpf_skb_load_bytes(skb, 0, macs, sizeof(macs)))
+		return 0;
+	if (known)
+		link = *known;
+	__builtin_memcpy(link.pod, macs + 6, sizeof(link.pod));
+	if (skb->pkt_type == PACKET_HOST)
+		__builtin_memcpy(link.gateway, macs, sizeof(link.gateway));
+	if (!known || !is_same_mac(known->pod, link.pod) || !is_same_mac(known->gateway, link.gateway))
+		bpf_map_update_elem(&pod_links, &ifindex, &link, BPF_ANY);
+	return 0;
+}
+
+static __always_inline bool is_set(const __u8 *mac)
+{
+	const __u8 none[ETH_ALEN] = {};
+
+	return !is_same_mac(mac, none);
+}
+
+static __always_inline bool is_tracked(const struct mw_packet *packet, const struct mw_question *question)
+{
+	if (packet->first_fragment || packet->later_fragment || packet->tagged)
+		return false;
+	return question->key.protocol == IPPROTO_TCP || question->key.protocol == IPPROTO_UDP ||
+	       question->quoted.family;
+}
+
+/* Whether the packet could be handed to the pod of this node that it is for, and how: `pod` and the verdict's
+ * target and addresses are filled in. */
+MW_SUBPROGRAM bool find_target(struct __sk_buff *skb, const struct mw_packet *packet,
+			       struct mw_question *question, struct mw_endpoint *pod)
+{
+	const struct mw_policy_state *state = state_of();
+	struct mw_verdict *verdict = &question->verdict;
+	const struct mw_pod_link *link;
+	__u8 mac[6];
+
+	if (!state || !(state->flags & MW_SKIP_STACK) || !is_tracked(packet, question))
+		return false;
+	if (!pod_lookup(&packet->dst, pod) || pod->ifindex == skb->ifindex)
+		return false;
+	link = bpf_map_lookup_elem(&pod_links, &pod->ifindex);
+	if (!link || bpf_skb_load_bytes(skb, 0, mac, sizeof(mac)))
+		return false;
+	if (!is_same_mac(mac, link->pod)) {
+		if (!is_set(link->gateway) || skb->pkt_type != PACKET_HOST)
+			return false;
+		__builtin_memcpy(verdict->macs, link->pod, sizeof(link->pod));
+		__builtin_memcpy(verdict->macs + sizeof(link->pod), link->gateway, sizeof(link->gateway));
+	}
+	verdict->target = pod->ifindex;
+	return true;
+}
+
+/* The same, where it comes out of the stack: whether those that follow could. */
+static __always_inline bool could_skip(const struct mw_packet *packet, const struct mw_question *question,
+				       __u32 ifindex)
+{
+	const struct mw_policy_state *state = state_of();
+
+	return state && state->flags & MW_SKIP_STACK && is_tracked(packet, question) &&
+	       bpf_map_lookup_elem(&pod_links, &ifindex);
+}
