@@ -492,6 +492,28 @@ def test_an_open_connection_that_a_new_policy_forbids_stops(
         )
 
 
+def test_an_external_address_of_a_service_is_no_way_round_a_policy(
+    town: Town, echo: tuple[str, ...]
+) -> None:
+    """kube-proxy masquerades what it leads on from there: where it leaves the node, its pod is unknown.
+    So such an address is judged as what it is, part of the world."""
+    exercise, lab = town.exercise, town.lab
+    external = ["203.0.113.77", "2001:db8:77::77"][: len(town.families)]
+    lab.kubectl("patch", "service", "echo", "-p", json.dumps({"spec": {"externalIPs": external}}))
+
+    def is_answered(address: str) -> bool:
+        return bool(exercise.run("node1", "ask", address)["complete"])
+
+    client = {"matchLabels": {"app": PROBE}}
+    exercise.wait_until(lambda: all(map(is_answered, external)), "the external addresses lead to the probe")
+    with town.policies(network_policy("default", "shut", client, egress=[])):
+        assert not any(is_answered(address) for address in (*external, *echo))
+    world = mesh_policy("default", "world", client, egress=[{"toEntities": ["world"]}])
+    with town.policies(world):
+        assert all(is_answered(address) for address in external)
+        assert not any(is_answered(address) for address in echo)
+
+
 @contextmanager
 def events(lab: Lab, node: str) -> Iterator[list[Any]]:
     """What the node's agent tells of its policies while the body runs."""

@@ -439,6 +439,21 @@ def test_a_headless_service_has_no_address() -> None:
     assert parse_service(service).addresses == ()
 
 
+def test_a_service_hides_destinations_behind_its_own_addresses_alone() -> None:
+    """External addresses are as users wrote them, perhaps somebody else's; and what kube-proxy leads on
+    from there it masquerades: nobody could judge it later."""
+    service = {
+        "metadata": {"uid": "u", "namespace": "n", "name": "s"},
+        "spec": {
+            "type": "LoadBalancer",
+            "clusterIPs": ["10.96.0.10", "fd00:96::10"],
+            "externalIPs": ["203.0.113.9"],
+        },
+        "status": {"loadBalancer": {"ingress": [{"ip": "203.0.113.10"}, {"hostname": "example.org"}]}},
+    }
+    assert parse_service(service).addresses == (packed("10.96.0.10"), packed("fd00:96::10"))
+
+
 OPERATIONS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3), st.integers(0, 3)), max_size=30)
 
 

@@ -137,14 +137,21 @@ enum mw_policy_state_flags {
 	MW_SKIP_STACK = 1 << 0, /* flows between two pods of this node go directly, where they can */
 };
 
-/* Key of `verdicts` (LRU): a packet in the middle of a TCP or UDP flow, as it is seen at a pod's device. */
+/* Which program has seen a packet. */
+enum mw_hook {
+	MW_FROM_POD = 0,
+	MW_TO_POD = 1,
+	MW_POLICY_OUT = 2,
+};
+
+/* Key of `verdicts` (LRU): a packet in the middle of a TCP or UDP flow, where it is seen. */
 struct mw_verdict_key {
 	__u8 src[16], dst[16]; /* network order, as in mw_ip */
 	__be16 sport, dport;
 	__u32 ifindex;
 	__u8 family;
 	__u8 protocol;
-	__u8 direction; /* enum mw_direction: MW_EGRESS where the pod sends it */
+	__u8 hook; /* enum mw_hook */
 	__u8 pad;
 };
 

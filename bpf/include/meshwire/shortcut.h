@@ -14,22 +14,29 @@
 #define MW_IPV4_PLAIN 0x45 /* version 4, no options */
 #define MW_TCP_FLAGS 13 /* offset in the header */
 
+static __always_inline __u16 type_of(__u8 first)
+{
+	return first >> 4 == 6 ? ETH_P_IPV6 : ETH_P_IP;
+}
+
 /* The key of a packet in the middle of a flow: TCP that neither begins nor ends a connection, or UDP, with
  * nothing unusual about its headers. False for any other. */
-static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_direction direction,
+static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_hook hook, bool ethernet,
 				       struct mw_verdict_key *key)
 {
 	const __u8 *data = (const __u8 *)(long)skb->data;
 	const __u8 *end = (const __u8 *)(long)skb->data_end;
-	const struct ethhdr *ethernet = (const struct ethhdr *)data;
-	const struct iphdr *ip = (const struct iphdr *)(data + ETH_HLEN);
-	const struct ipv6hdr *ip6 = (const struct ipv6hdr *)(data + ETH_HLEN);
+	const __u32 l2 = ethernet ? ETH_HLEN : 0;
+	const struct iphdr *ip = (const struct iphdr *)(data + l2);
+	const struct ipv6hdr *ip6 = (const struct ipv6hdr *)(data + l2);
 	const __u8 *transport;
+	__be16 type;
 
 	__builtin_memset(key, 0, sizeof(*key));
-	if (data + ETH_HLEN + sizeof(*ip) > end)
+	if (data + l2 + sizeof(*ip) > end)
 		return false;
-	if (ethernet->h_proto == bpf_htons(ETH_P_IP)) {
+	type = ethernet ? ((const struct ethhdr *)data)->h_proto : bpf_htons(type_of(*(const __u8 *)ip));
+	if (type == bpf_htons(ETH_P_IP)) {
 		if (*(const __u8 *)ip != MW_IPV4_PLAIN || ip->frag_off & bpf_htons(MW_IPV4_MORE | MW_IPV4_OFFSET))
 			return false;
 		key->family = MW_IPV4;
@@ -37,8 +44,8 @@ static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_direction 
 		__builtin_memcpy(key->src, &ip->saddr, sizeof(ip->saddr));
 		__builtin_memcpy(key->dst, &ip->daddr, sizeof(ip->daddr));
 		transport = (const __u8 *)(ip + 1);
-	} else if (ethernet->h_proto == bpf_htons(ETH_P_IPV6)) {
-		if (data + ETH_HLEN + sizeof(*ip6) > end || *(const __u8 *)ip6 >> 4 != 6)
+	} else if (type == bpf_htons(ETH_P_IPV6)) {
+		if (data + l2 + sizeof(*ip6) > end || *(const __u8 *)ip6 >> 4 != 6)
 			return false;
 		key->family = MW_IPV6;
 		key->protocol = ip6->nexthdr;
@@ -58,7 +65,7 @@ static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_direction 
 	}
 	__builtin_memcpy(&key->sport, transport, sizeof(key->sport) + sizeof(key->dport));
 	key->ifindex = skb->ifindex;
-	key->direction = direction;
+	key->hook = hook;
 	return true;
 }
 
@@ -80,19 +87,19 @@ static __always_inline int hand_over(struct __sk_buff *skb, const struct mw_verd
 
 /* The TC action on the packet by what was found for those like it lately; it is counted, too.
  * MW_NOT_REMEMBERED: nothing that still stands. */
-__noinline int recall(struct __sk_buff *skb, enum mw_direction direction)
+__noinline int recall(struct __sk_buff *skb, enum mw_hook hook, bool ethernet)
 {
 	const struct mw_policy_state *state = state_of();
 	const struct mw_verdict *verdict;
 	struct mw_verdict_key key;
 
-	if (!state || !read_plain(skb, direction, &key))
+	if (!state || !read_plain(skb, hook, ethernet, &key))
 		return MW_NOT_REMEMBERED;
 	verdict = bpf_map_lookup_elem(&verdicts, &key);
 	if (!verdict || verdict->generation != state->generation || verdict->upsets != state->upsets ||
 	    verdict->until <= bpf_ktime_get_coarse_ns())
 		return MW_NOT_REMEMBERED;
-	count_policy(skb, verdict->reason, direction);
+	count_policy(skb, verdict->reason, hook == MW_TO_POD ? MW_INGRESS : MW_EGRESS);
 	if (!verdict->target)
 		return TC_ACT_UNSPEC;
 	count_policy(skb, verdict->target_reason, MW_INGRESS);
@@ -120,7 +127,7 @@ static __always_inline bool is_own_pod(const __u8 *addr, __u8 family)
 /* Keeps what was found for the packet where that says the same of those that follow. Of UDP between pods of
  * this node it doesn't while its way is open, nor where it goes directly and this came out of the stack. */
 __noinline int remember(struct __sk_buff *skb, const struct mw_question *question, enum mw_reason reason,
-			    enum mw_direction direction)
+			    enum mw_hook hook, bool ethernet)
 {
 	struct mw_verdict_key key;
 	struct mw_verdict verdict;
@@ -128,10 +135,10 @@ __noinline int remember(struct __sk_buff *skb, const struct mw_question *questio
 	if (!question || is_drop(reason) || reason == MW_NOT_OURS || reason == MW_POLICY_WOULD_DENY ||
 	    question->sender_reason == MW_POLICY_WOULD_DENY)
 		return 0;
-	if (!read_plain(skb, direction, &key))
+	if (!read_plain(skb, hook, ethernet, &key))
 		return 0;
 	if (key.protocol == IPPROTO_UDP && question->way != MW_FLOW_STACK && !question->verdict.target &&
-	    is_own_pod(direction == MW_EGRESS ? key.dst : key.src, key.family))
+	    is_own_pod(hook == MW_TO_POD ? key.src : key.dst, key.family))
 		return 0;
 	verdict = question->verdict;
 	verdict.until = bpf_ktime_get_coarse_ns() + MW_REMEMBERED;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from typing import Final
 
 MAX_IDENTITIES: Final = 262144
@@ -143,6 +143,12 @@ class Flow(ctypes.Structure):
     ]
 
 
+class Hook(IntEnum):
+    FROM_POD = 0
+    TO_POD = 1
+    POLICY_OUT = 2
+
+
 class State(ctypes.Structure):
     """`struct mw_policy_state`, the one value of `policy_state`."""
 
@@ -164,7 +170,7 @@ class VerdictKey(ctypes.Structure):
         ("ifindex", ctypes.c_uint32),
         ("family", ctypes.c_uint8),
         ("protocol", ctypes.c_uint8),
-        ("direction", ctypes.c_uint8),
+        ("hook", ctypes.c_uint8),
         ("pad", ctypes.c_uint8),
     ]
 

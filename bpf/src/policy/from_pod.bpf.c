@@ -52,7 +52,7 @@ int mwp_from_pod(struct __sk_buff *skb)
 	struct mw_packet packet = {};
 	int action, parsed;
 
-	action = recall(skb, MW_EGRESS);
+	action = recall(skb, MW_FROM_POD, true);
 	if (action != MW_NOT_REMEMBERED)
 		return action;
 	parsed = read_packet(skb, true, &packet, &question);
@@ -67,7 +67,7 @@ int mwp_from_pod(struct __sk_buff *skb)
 	action = finish_policy(skb, &packet, &question, reason);
 	if (action == TC_ACT_SHOT)
 		return action;
-	remember(skb, &question, reason, MW_EGRESS);
+	remember(skb, &question, reason, MW_FROM_POD, true);
 	return question.verdict.target ? hand_over(skb, &question.verdict) : action;
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause */
 /* Attached to the egress of every device through which pod traffic can leave the node, the WireGuard
  * devices among them: the egress policy of flows whose destination a service address had hidden. */
-#include <meshwire/policy.h>
+#include <meshwire/shortcut.h>
 
 /* The first that applies:
  *
@@ -39,11 +39,19 @@ static __always_inline int leave(struct __sk_buff *skb, bool ethernet)
 	struct mw_question question;
 	enum mw_reason reason = MW_NOT_OURS;
 	struct mw_packet packet = {};
+	int action;
 
+	action = recall(skb, MW_POLICY_OUT, ethernet);
+	if (action != MW_NOT_REMEMBERED)
+		return action;
 	/* What can't be read is no pod's: mwp_from_pod has dropped it. */
-	if (read_packet(skb, ethernet, &packet, &question) == MW_IP)
+	if (read_packet(skb, ethernet, &packet, &question) == MW_IP) {
+		begin_verdict(&question.verdict);
 		reason = policy_out(skb, &packet, &question);
-	return finish_policy(skb, &packet, &question, reason);
+	}
+	action = finish_policy(skb, &packet, &question, reason);
+	remember(skb, &question, reason, MW_POLICY_OUT, ethernet);
+	return action;
 }
 
 /* policy-out: tc egress of a device with Ethernet headers */

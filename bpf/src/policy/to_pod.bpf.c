@@ -47,7 +47,7 @@ int mwp_to_pod(struct __sk_buff *skb)
 	struct mw_packet packet = {};
 	int action, parsed;
 
-	action = recall(skb, MW_INGRESS);
+	action = recall(skb, MW_TO_POD, true);
 	if (action != MW_NOT_REMEMBERED)
 		return action;
 	parsed = read_packet(skb, true, &packet, &question);
@@ -58,7 +58,7 @@ int mwp_to_pod(struct __sk_buff *skb)
 	else if (parsed == MW_UNREADABLE)
 		reason = MW_DROP_MALFORMED;
 	action = finish_policy(skb, &packet, &question, reason);
-	remember(skb, &question, reason, MW_INGRESS);
+	remember(skb, &question, reason, MW_TO_POD, true);
 	return action;
 }
 

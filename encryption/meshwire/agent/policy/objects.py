@@ -97,12 +97,9 @@ def parse_namespace(source: Mapping[str, Any]) -> Namespace:
 
 def parse_service(source: Mapping[str, Any]) -> Service:
     metadata, spec = source["metadata"], source.get("spec", {})
-    balancer = (source.get("status") or {}).get("loadBalancer") or {}
-    texts = [
-        *(spec.get("clusterIPs") or [spec.get("clusterIP", "")]),
-        *(spec.get("externalIPs") or ()),
-        *(ingress.get("ip", "") for ingress in balancer.get("ingress") or ()),
-    ]
+    # Not external addresses, nor load balancers': whoever makes a Service may name any address there, and
+    # what kube-proxy leads on from them it masquerades, so that nobody can judge it later.
+    texts = spec.get("clusterIPs") or [spec.get("clusterIP", "")]
     selector = spec.get("selector")
     return Service(
         uid=metadata["uid"],
