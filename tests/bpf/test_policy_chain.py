@@ -30,6 +30,7 @@ from meshwire.api.meshpolicy import (
     NAMESPACE_LABELS_PREFIX,
     SERVICE_ACCOUNT_LABEL,
     Policy,
+    PortRange,
 )
 from meshwire.api.meshpolicy import Direction as Side
 from meshwire.api.policyobjects import mesh_policy, network_policy
@@ -58,8 +59,8 @@ Object = dict[str, Any]
 Labels = frozenset[tuple[str, str]]
 
 SAMPLE: Final = int(os.environ.get("MESHWIRE_SAMPLE", "1"))
-CLUSTERS: Final = 300
-PACKETS: Final = 30
+CLUSTERS: Final = 200
+PACKETS: Final = 60
 """Of each stage of a cluster, apart from those on open flows."""
 
 DEVICE: Final = 1
@@ -285,7 +286,7 @@ class Written:
 
 which = st.integers(0, 2)
 policies = st.one_of(
-    st.builds(Written, st.just(names.MESHPOLICIES), which, st.sampled_from(SPACES), mesh_specs),
+    st.builds(Written, st.just(names.MESHPOLICIES), which, st.sampled_from(("a", "a", "b")), mesh_specs),
     st.builds(Written, st.just(names.CLUSTERMESHPOLICIES), which, st.just(""), mesh_specs),
     st.builds(Written, st.just(NETWORK_POLICIES), which, st.sampled_from(SPACES), network_specs),
 )
@@ -339,15 +340,17 @@ def addresses_of(own: bool, slot: int) -> tuple[Address, ...]:
     return ip_address(f"10.1.{node}.{10 + slot}"), ip_address(f"fd00:1:0:{node}::{10 + slot:x}")
 
 
-pod_labels = st.fixed_dictionaries({"app": values}, optional={"tier": values})
+pod_labels = st.one_of(
+    st.fixed_dictionaries({"app": values}), st.fixed_dictionaries({"app": values, "tier": values})
+)
 pods = st.builds(
     PodState,
     uid=st.just(""),
     own=st.sampled_from((True, True, False)),
     slot=st.integers(0, SLOTS - 1),
-    namespace=st.sampled_from(SPACES),
+    namespace=st.sampled_from(("a", "a", "b")),
     labels=pod_labels,
-    account=st.sampled_from(("", "a")),
+    account=st.sampled_from(("", "", "a")),
     ports=st.lists(
         st.tuples(st.sampled_from(NAMED), st.sampled_from(("TCP", "UDP")), st.sampled_from((53, 80, 8080))),
         min_size=1,
@@ -377,6 +380,9 @@ operations: st.SearchStrategy[Operation] = st.one_of(
     st.tuples(st.just("no pod"), some_number),
     st.tuples(st.just("finished pod"), some_number),
     st.tuples(st.just("relabelled pod"), st.tuples(some_number, pod_labels)),
+    st.tuples(st.just("pod like another"), st.tuples(some_number, some_number)),
+    st.tuples(st.just("pod like another"), st.tuples(some_number, some_number)),
+    st.tuples(st.just("published pod"), some_number),
     st.tuples(st.just("plugged pod"), some_number),
     st.tuples(st.just("published pod"), some_number),
     st.tuples(st.just("namespace"), st.tuples(st.sampled_from(SPACES), space_labels)),
@@ -495,7 +501,8 @@ class World:
 
     def _change_pod(self, name: str, value: Any) -> None:
         index, *more = value if isinstance(value, tuple) else (value,)
-        if not (uid := chosen(self.pods, index)):
+        here = {uid: pod for uid, pod in self.pods.items() if pod.own and not pod.finished}
+        if not (uid := chosen(here if index % 3 else self.pods, index // 3)):
             return
         pod = self.pods[uid]
         match name:
@@ -506,6 +513,10 @@ class World:
                 self._put(replace(pod, finished=True))
             case "relabelled pod":
                 self._put(replace(pod, labels=more[0]))
+            case "pod like another":
+                others = {other: found for other, found in here.items() if found.labels != pod.labels}
+                if other := chosen(others, more[0]):
+                    self._put(replace(pod, labels=others[other].labels))
             case "plugged pod":
                 self._put(replace(pod, plugged=not pod.plugged))
             case "published pod":
@@ -892,7 +903,7 @@ def any_address(source: random.Random, family: int) -> Address:
     kind = source.random()
     if kind < 0.55:
         return addresses_of(source.random() < 0.5, source.randrange(SLOTS))[family == 6]
-    pool = source.choice((LOCAL, NODES, NOBODYS, WORLD, WORLD))
+    pool = source.choice((LOCAL, NODES, NOBODYS, WORLD, WORLD, APISERVERS))
     return source.choice([found for found in map(ip_address, pool) if found.version == family])
 
 
@@ -953,6 +964,7 @@ class Story:
         if "maps read anew" in happened:
             agent.apply(self.world, resync=True)
         self._read_policies()
+        self.ports = tuple(self._ports_asked_for())
         self.oracle = Oracle(self.world, tuple(self.readable.values()))
         self.told.clear()
         self._check_open_flows()
@@ -974,6 +986,17 @@ class Story:
         for uid in self.readable.keys() - there:
             del self.readable[uid]
 
+    def _ports_asked_for(self) -> Iterator[int]:
+        """By policies, and next to those; a pod's where they go by names."""
+        ranges = [
+            port for policy in self.readable.values() for rule in policy.rules for port in rule.ports or ()
+        ]
+        for port in ranges:
+            if isinstance(port, PortRange) and port.name:
+                yield from (number for pod in self.world.pods.values() for _, _, number in pod.ports)
+            elif isinstance(port, PortRange) and port.last < FIRST_PORT:
+                yield from (port.first, port.first, port.last, port.last + 1)
+
     def _any_packet(self) -> Sent | None:
         source = self.source
         family = source.choice((4, 6))
@@ -994,7 +1017,10 @@ class Story:
         elif protocol == GRE:
             dport = 0
         else:
-            dport = source.choice((*PORTS, *PORTS, 53, 80, 8080, source.randrange(1, FIRST_PORT)))
+            asked_for = self.ports or PORTS
+            dport = source.choice(
+                (*source.choices(asked_for, k=4), *PORTS[::3], source.randrange(1, FIRST_PORT))
+            )
         self.next_port += 1
         sent = Sent(src, dst, protocol, self.next_port if protocol != GRE else 0, dport)
         if not sent.is_told_apart:
@@ -1064,7 +1090,7 @@ class Story:
             self.chain.seen["would be denied"] += bool(expected.would_deny)
         unsaid = {Reason.NOT_OURS, Reason.POLICY_DEFERRED, Reason.POLICY_WOULD_DENY}
         assert reasons - unsaid <= expected.passes, said
-        if not again and sent.is_told_apart and not sent.via and self.source.random() < 0.3:
+        if not again and sent.is_told_apart and not sent.via and self.source.random() < 0.5:
             self.open.append((sent, self._ends(sent)))
 
     def _ends(self, sent: Sent) -> frozenset[str]:
@@ -1082,7 +1108,7 @@ class Story:
             expected = self.oracle.expect(sent)
             if expected and not expected.drops:
                 self._check_reply(sent)
-        self.open = [(sent, ends) for sent, ends in self.open if ends == self._ends(sent)][-20:]
+        self.open = [(sent, ends) for sent, ends in self.open if ends == self._ends(sent)][-30:]
 
     def _check_reply(self, sent: Sent) -> None:
         expected = self.oracle.expect(sent)
@@ -1107,6 +1133,7 @@ class Story:
             side = Side.EGRESS if event.direction is Direction.EGRESS else Side.INGRESS
             audit = event.reason is Reason.POLICY_WOULD_DENY
             packet = self.oracle.packet(sent)
+            note(f"{event}\n{sent}")
             decision = judge(self.oracle.policies, packet, side, audit=audit)
             assert not decision.allowed, (event, sent)
             if decision.reason is Why.DEFAULT_DENY:
