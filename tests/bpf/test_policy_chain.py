@@ -1128,7 +1128,8 @@ class Story:
             sent = self._sent(event)
             if sent is None or event.reason not in (*DENIED.values(), Reason.POLICY_WOULD_DENY):
                 continue
-            if self.oracle.expect(sent) is None:
+            expected = self.oracle.expect(sent)
+            if expected is None or expected.drops == OUT_OF_REACH:
                 continue
             side = Side.EGRESS if event.direction is Direction.EGRESS else Side.INGRESS
             audit = event.reason is Reason.POLICY_WOULD_DENY
