@@ -136,6 +136,7 @@ def test_restarted_agents_and_changed_policies_lose_no_packet_of_what_is_allowed
             lab.kubectl("label", "namespace", "default", "colour-")
             guarded.wait_for_policies()
         assert is_enforced(guarded)
+    print(f"{flows.packets} datagrams, {flows.lost} lost; {len(flows.ended)} flows")
     assert flows.packets > 10_000
     near_by = {flow.target for flow in flows.ended if flow.target in near[NODE]}
     assert len(near_by) == len(near[NODE]), "flows on one node"
@@ -258,6 +259,7 @@ def test_monitor_names_pods_policies_and_reasons(guarded: Exercise) -> None:
         finally:
             monitor.kill()
             drops.kill()
+    print(*monitor.lines, sep="\n")
     objects = [json.loads(line) for line in drops.lines]
     assert {(each["verdict"], each["node"]) for each in objects} == {("DROP", NODE)}
     assert {each["destination"]["address"] for each in objects} == set(alone)
