@@ -21,10 +21,12 @@ from tests.policy_cases import (
     ICMP,
     NAMESPACES,
     NODES,
+    OUTSIDE,
     PORTS,
     TOWN,
     WORLD,
     Case,
+    End,
     Expectation,
     Flow,
     Labels,
@@ -46,7 +48,14 @@ from meshwire.kube.client import ApiError, Client, Cluster
 from meshwire.lab import network, processes, reach, traffic
 from meshwire.lab.exercise import PROBE, Exercise
 from meshwire.lab.lab import Lab, documents
-from meshwire.lab.model import BRIDGE, UNDERLAY_NETNS, UPLINK, LabError, underlay_address
+from meshwire.lab.model import (
+    BRIDGE,
+    PATIENCE,
+    UNDERLAY_NETNS,
+    UPLINK,
+    LabError,
+    underlay_address,
+)
 from meshwire.lab.pods import is_ready
 
 WORLD_NETNS: Final = "mw-world"
@@ -90,11 +99,14 @@ class Lines:
 
 
 class Town:
-    """The pods, Services and outsiders of tests/policy_cases in the lab."""
+    """The pods, Services and outsiders of tests/policy_cases in the lab; with `ends`, only those pods, and
+    no outsiders."""
 
-    def __init__(self, exercise: Exercise) -> None:
+    def __init__(self, exercise: Exercise, ends: Sequence[End] = TOWN) -> None:
         self.exercise = exercise
         self.lab: Lab = exercise.lab
+        self.ends = ends
+        self.namespaces = tuple(dict.fromkeys(end.ns for end in ends))
         self.families: Sequence[str] = self.lab.state.settings.families
         self.transports = ("TCP", "UDP", "SCTP") if has_sctp() else ("TCP", "UDP")
         self._world: Lines | None = None
@@ -105,7 +117,7 @@ class Town:
     def addresses(self) -> Mapping[str, Mapping[str, str]]:
         """By end and family; those of pods as they are now: nothing here restarts."""
         found = {}
-        for end in TOWN:
+        for end in self.ends:
             found[end.name] = by_family(self.lab.find_pod(end.pod, end.ns).addresses)
         for node in self.lab.state.nodes:
             found[node.name] = by_family(map(str, node.addresses(self.families)))
@@ -117,35 +129,48 @@ class Town:
         """ClusterIPs by pod and family."""
         return {
             end.name: by_family(self.lab.get("service", end.pod, "-n", end.ns)["spec"]["clusterIPs"])
-            for end in TOWN
+            for end in self.ends
         }
 
+    @property
+    def _has_outsiders(self) -> bool:
+        return len(self.ends) == len(TOWN)
+
+    @property
+    def _outside_nodes(self) -> Sequence[str]:
+        return self.lab.nodes if self._has_outsiders else ()
+
     def build(self) -> None:
-        assert set(self.lab.nodes) == set(NODES)
-        self._make_world()
-        for ns in NAMESPACES:
+        assert set(self.lab.nodes) == {end.node for end in self.ends}
+        if self._has_outsiders:
+            self._make_world()
+        for ns in self.namespaces:
             own = {name: value for name, value in namespace_labels(ns).items() if "/" not in name}
             self.lab.apply(
                 {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": ns, "labels": own}}
             )
         self._wait_for_accounts()
         self.lab.apply(
-            *(self._pod(end.pod, end.ns, end.node, {"pod": end.pod}) for end in TOWN),
-            *(self._pod(node, "default", node, {}, hostNetwork=True) for node in NODES),
-            *(service(end, self.transports, self.families) for end in TOWN),
+            *(self._pod(end.pod, end.ns, end.node, {"pod": end.pod}) for end in self.ends),
+            *(self._pod(node, "default", node, {}, hostNetwork=True) for node in self._outside_nodes),
+            *(service(end, self.transports, self.families) for end in self.ends),
         )
         self._wait_for_pods()
         self.exercise.wait_for_policies()
         # Services last: kube-proxy has to have heard of all of it.
         self.exercise.wait_until(
-            lambda: not self.compare(everything, self.attempts(outside=True, by_service=True)),
+            lambda: (
+                not self.compare(everything, self.attempts(outside=self._has_outsiders, by_service=True))
+            ),
             "everybody reaches everybody",
             seconds=60,
         )
 
     def tear_down(self) -> None:
-        self.lab.kubectl("delete", "namespace", *NAMESPACES, "--ignore-not-found", "--timeout=120s")
-        self.lab.kubectl("delete", "pod", *NODES, "--ignore-not-found", "--timeout=60s")
+        self.lab.kubectl("delete", "namespace", *self.namespaces, "--ignore-not-found", "--timeout=120s")
+        if not self._has_outsiders:
+            return
+        self.lab.kubectl("delete", "pod", *self.lab.nodes, "--ignore-not-found", "--timeout=60s")
         if self._world:
             self._world.close()
         network.unplug(WORLD.name)
@@ -188,14 +213,15 @@ class Town:
 
         def are_there() -> bool:
             found = self.lab.get("serviceaccounts", "-A")["items"]
-            return set(NAMESPACES) <= {
+            return set(self.namespaces) <= {
                 item["metadata"]["namespace"] for item in found if item["metadata"]["name"] == "default"
             }
 
         self.exercise.wait_until(are_there, "namespaces have their service accounts")
 
     def _wait_for_pods(self) -> None:
-        wanted = {(end.ns, end.pod) for end in TOWN} | {("default", node) for node in NODES}
+        wanted = {(end.ns, end.pod) for end in self.ends}
+        wanted |= {("default", node) for node in self._outside_nodes}
 
         async def ready(client: Client) -> set[tuple[str, str]]:
             pods = (await client.get("/api/v1/pods"))["items"]
@@ -239,10 +265,11 @@ class Town:
     # Who reaches whom
 
     def attempts(self, *, outside: bool, by_service: bool) -> list[Attempt]:
+        here = {*self.ends, *(OUTSIDE if outside else ())}
         found = [
             Attempt(flow, False)
             for flow in flows(outside=outside, transports=self.transports)
-            if flow.family in self.families
+            if flow.family in self.families and {flow.src, flow.dst} <= here
         ]
         if by_service:
             found += [
@@ -263,7 +290,7 @@ class Town:
         running = {source: self._start_probe(source, list(texts)) for source, texts in targets.items()}
         results: dict[Attempt, str] = {}
         for source, process in running.items():
-            output, errors = process.communicate(timeout=60)
+            output, errors = process.communicate(timeout=60 * PATIENCE)
             try:
                 answers = json.loads(output)
             except json.JSONDecodeError:
@@ -286,7 +313,7 @@ class Town:
         ]
 
     def _start_probe(self, source: str, targets: Sequence[str]) -> subprocess.Popen[str]:
-        options = (f"--timeout={TIMEOUT}", f"--attempts={ATTEMPTS}")
+        options = (f"--timeout={TIMEOUT * PATIENCE}", f"--attempts={ATTEMPTS}")
         command = ("-m", "meshwire.lab.reach", "probe", *options, *targets)
         if source == WORLD.name:
             return subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from ipaddress import IPv4Address, ip_address, ip_network
 from typing import Any
 
@@ -225,6 +226,46 @@ def test_a_restart_makes_no_pod_another(model: Model, device: int, is_same: bool
     after = endpoint(again, "10.1.1.5")
     assert after and after.revision > before.revision and after.set > before.set
     assert (after.born == before.born) is is_same
+
+
+def test_whoever_gets_an_address_inherits_nothing_at_the_same_device_either(model: Model) -> None:
+    add(model, pod("old"))
+    old = endpoint(model, "10.1.1.5")
+    model.endpoints.wrote(model.endpoints.writes())
+    add(model, pod("new", created="2"))
+    new = endpoint(model, "10.1.1.5")
+    assert old and new and new.born > old.revision
+
+
+def test_new_labels_are_a_new_revision_also_where_their_rules_are_old(model: Model) -> None:
+    """Else what the pod had open under its old labels would stay."""
+    model.put_policy(allow("p", "db", "client"))
+    add(model, pod("db", "10.1.1.6", "db"), 8)
+    add(model, pod("web"))
+    before = endpoint(model, "10.1.1.5")
+    add(model, pod("web", app="db"))
+    after, other = endpoint(model, "10.1.1.5"), endpoint(model, "10.1.1.6")
+    assert before and after and other and after.set == other.set
+    assert after.revision > before.revision and after.born == before.born
+
+
+def test_ports_of_a_pod_here_stay_when_others_no_longer_hear_of_them(model: Model) -> None:
+    """The operator takes it out of its slices, and the pod goes on."""
+    named = PortRange(Protocol.TCP, 0, 0, "http")
+    policy = allow("p", "web", "client")
+    rule = replace(policy.rules[0], peers=None, ports=(named,))
+    model.put_policy(replace(policy, rules=(rule,)))
+    model.put_identity(MeshIdentity(number=300, labels=labels_of("web")))
+    add(model, replace(pod("web"), ports=(("http", 6, 8080),)))
+    expected = {EntryKey(identity.ANY, Direction.INGRESS, PortKey(6, 8080, 16)): False}
+    assert rules(model, "10.1.1.5") == expected
+    shown = replace(remote(300, "10.1.1.5", "web"), ports=(NamedPort("http", Protocol.TCP, 8080),))
+    model.put_slice(MeshEndpointSlice(name="s", endpoints=(shown,)))
+    model.update()
+    assert rules(model, "10.1.1.5") == expected
+    model.put_slice(MeshEndpointSlice(name="s", endpoints=()))
+    model.update()
+    assert rules(model, "10.1.1.5") == expected
 
 
 def test_of_two_pods_with_one_address_the_younger_has_it(model: Model) -> None:

@@ -106,17 +106,19 @@ class Metrics:
 
     def read(self) -> dict[tuple[Reason, Direction], Counter]:
         """Summed over all CPUs, every reason and direction."""
-        cpus = check(library().libbpf_num_possible_cpus(), "counting CPUs")
-        directions = len(Direction)
-        found = dict(items(self._fd, c_uint32, layouts.Counter * cpus))
-        return {
-            (reason, direction): Counter(
-                sum(each.packets for each in found[reason * directions + direction]),
-                sum(each.bytes for each in found[reason * directions + direction]),
-            )
-            for reason in Reason
-            for direction in Direction
-        }
+        # One by one, as few of the map's entries have a meaning.
+        counters = (layouts.Counter * check(library().libbpf_num_possible_cpus(), "counting CPUs"))()
+        found = {}
+        for reason in Reason:
+            for direction in Direction:
+                key = c_uint32(reason * len(Direction) + direction)
+                check(
+                    library().bpf_map_lookup_elem(self._fd, byref(key), byref(counters)), "reading metrics"
+                )
+                found[reason, direction] = Counter(
+                    sum(each.packets for each in counters), sum(each.bytes for each in counters)
+                )
+        return found
 
 
 class Maps:

@@ -266,14 +266,16 @@ class Exercise:
         size: int = 200,
         services: bool = False,
         nodes: Sequence[str] | None = None,
+        more: Mapping[str, Sequence[str]] | None = None,
     ) -> Iterator[Flows]:
         """UDP and TCP between every pair of nodes, in both directions and all families, while the body runs;
-        with `services` also from each node through the Service. Rates are per flow and direction: packets
-        and bytes per second."""
+        with `services` also from each node through the Service. `more`: further addresses that a node's
+        probe talks to. Rates are per flow and direction: packets and bytes per second."""
         talks = self.pairs(nodes)
         if services:
             addresses = list(self.services())
             talks = [(node, [*targets, *addresses]) for node, targets in talks]
+        talks = [(node, [*targets, *(more or {}).get(node, ())]) for node, targets in talks]
         flows = Flows()
         rates = [f"--udp-rate={udp_rate}", f"--tcp-rate={tcp_rate}", f"--size={size}"]
         with contextlib.ExitStack() as stack:

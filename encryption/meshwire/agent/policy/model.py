@@ -124,6 +124,8 @@ class Model:
         self._subjects: dict[int, _Subject] = {}
         self._sets: dict[int, _Sets] = {}
         self._born: dict[tuple[str, bytes], int] = {}
+        self._given: set[bytes] = set()
+        self._moved: dict[str, int] = {}
         self._slices: dict[str, tuple[_Remote, ...]] = {}
         self._holders: dict[bytes, tuple[_Remote, ...]] = {}
         self._named_ports: dict[int, dict[str, Mapping[str, frozenset[tuple[int, int]]]]] = {}
@@ -218,8 +220,11 @@ class Model:
                     del self._holders[address]
                 self._resolve(address)
             still = (each for address in remote.addresses for each in self._holders.get(address, ()))
-            if remote.ports and not any(
-                (each.uid, each.identity) == (remote.uid, remote.identity) for each in still
+            # A pod of this node has its ports whatever others hear of it.
+            if (
+                remote.ports
+                and self._subject_of.get(remote.uid) != remote.identity
+                and not any((each.uid, each.identity) == (remote.uid, remote.identity) for each in still)
             ):
                 self._name_ports(remote.identity, remote.uid, ())
 
@@ -305,6 +310,7 @@ class Model:
             self._leave_subject(uid)
             del self.pods[uid]
             self.devices.pop(uid, None)
+            self._moved.pop(uid, None)
 
     def waiting_for_device(self) -> list[Pod]:
         """Pods that have an address, and whose device has not been found yet."""
@@ -345,7 +351,10 @@ class Model:
             excluded=self._around.excluded_labels,
         )
         number = self._number(labels)
-        if self._subject_of.get(pod.uid) != number:
+        if (before := self._subject_of.get(pod.uid)) != number:
+            if before is not None:
+                # The rules that it comes under may be older than what it has open.
+                self._moved[pod.uid] = self._next_revision()
             self._leave_subject(pod.uid)
             self._subject_of[pod.uid] = number
             if number not in self._subjects:
@@ -614,9 +623,10 @@ class Model:
             # Flows of the pod that had the address before are not its own. One that is still at the device
             # where an earlier agent left it is the same.
             if (pod.uid, address) not in self._born:
-                left = self.endpoints.actual.get(address)
+                left = self.endpoints.actual.get(address) if address not in self._given else None
                 same = left is not None and left.ifindex == device
                 self._born[pod.uid, address] = left.born if left and same else self._next_revision()
+                self._given.add(address)
             born = self._born[pod.uid, address]
             self.endpoints.set(
                 address,
@@ -625,7 +635,7 @@ class Model:
                     identity=number,
                     set=sets.number,
                     audit_set=sets.audit_number,
-                    revision=max(sets.revision, born),
+                    revision=max(sets.revision, born, self._moved.get(pod.uid, 0)),
                     born=born,
                     flags=sets.flags,
                 ),
