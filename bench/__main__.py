@@ -42,7 +42,10 @@ PARTS: Final = {
     "throughput": Part("bench.throughput", "throughput and latency through the redirect", 300),
     "lab": Part("bench.lab", "encryption on and off, nodes that join", 600),
     "policies": Part("bench.policies", "judging by policy", 600),
+    "firewall": Part("bench.firewall", "policy, iptables and nftables", 600),
+    "nearby": Part("bench.nearby", "between two pods of one node", 600),
     "memory": Part("bench.memory", "an agent among a thousand nodes", 600),
+    "scale": Part("bench.scale", "an agent among fifty thousand pods", 600),
 }
 
 UNITS: Final = {"_ms": "ms", "_ns": "ns", "_s": "s", "_mib": "MiB"}

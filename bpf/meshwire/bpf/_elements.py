@@ -47,6 +47,15 @@ def network_of(prefix: layouts.Prefix) -> Network:
     return IPv6Network((address, length))
 
 
+def lookup(fd: int, key: ctypes._CData, value: ctypes._CData, what: str) -> bool:
+    """Reads one element into `value`; whether it is there. Raises OSError."""
+    result = library().bpf_map_lookup_elem(fd, byref(key), byref(value))
+    if result == -errno.ENOENT:
+        return False
+    check(result, what)
+    return True
+
+
 def update(fd: int, key: ctypes._CData, value: ctypes._CData, what: str) -> None:
     """Adds or replaces one element. Raises OSError."""
     check(library().bpf_map_update_elem(fd, byref(key), byref(value), 0), what)

@@ -21,6 +21,7 @@ from meshwire.bpf._elements import (
     delete,
     delete_many,
     items,
+    lookup,
     network_of,
     open_pinned,
     prefix_of,
@@ -136,6 +137,12 @@ class Identities:
         return {
             _address_of(key): value.number for key, value in items(self._fd, layouts.Ip, layouts.Identity)
         }
+
+    def find(self, address: Address) -> int | None:
+        """None: there is no entry."""
+        value = layouts.Identity()
+        found = lookup(self._fd, _ip_of(address), value, f"reading {address} from identities")
+        return value.number if found else None
 
     def update(self, address: Address, number: int) -> None:
         update(
