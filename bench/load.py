@@ -68,8 +68,8 @@ class Load:
         answered: bool,
         size: int = 64,
     ) -> float:
-        """Mean nanoseconds of a UDP packet's way from `netns` to a socket that nobody reads. `answered`: the
-        first one was, so that the flow counts as established."""
+        """Nanoseconds (the median over batches) of a UDP packet's way from `netns` to a socket that nobody
+        reads. `answered`: the first one was, so that the flow counts as established."""
         kind = "answer" if answered else "silent"
         with self._running(target_netns, "sink", str(PORT), kind):
             found = self._run(netns, "flood", source, target, str(PORT), str(packets), str(size), kind)
