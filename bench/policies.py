@@ -239,8 +239,8 @@ def _enforcing(exercise: Exercise, among: str) -> list[Figure]:
 
 def _starting(exercise: Exercise, among: str) -> list[Figure]:
     """A pod that may reach one of another node, from its object's creation and from its first question to
-    its first answer. It asks from its first moment on, twenty times a second. Between the two is what the lab
-    needs to start it, a Python interpreter included."""
+    its first answer. It asks from its first moment on, twenty times a second. Between the two is what the
+    lab needs to start it, a Python interpreter included."""
     lab = exercise.lab
     lab.apply(
         _policy("started", "answering", "started"),
