@@ -23,7 +23,7 @@ from bench.load import PORT, Load
 
 from meshwire.agent.policy.kernel import PolicyKernel
 from meshwire.agent.policy.model import Surroundings
-from meshwire.agent.policy.objects import Namespace, Pod
+from meshwire.agent.policy.objects import Namespace, Pod, compact
 from meshwire.agent.settings import Settings
 from meshwire.api import policyobjects
 from meshwire.api.meshendpointslice import Endpoint, MeshEndpointSlice, PodRef
@@ -263,7 +263,7 @@ def fill(node: str, rules: int) -> None:
                 )
         for at in range(0, len(endpoints), 100):
             found = MeshEndpointSlice(name=f"slice-{at}", endpoints=tuple(endpoints[at : at + 100]))
-            model.put_slice(found)
+            model.put_slice(compact(found))
         for name, address, own in (
             ("client", CLIENT, _labels(rules // 2)),
             ("server", SERVER, {"app": "server"}),

@@ -122,6 +122,27 @@ def items(
         position = byref(following)
 
 
+def raw_items(fd: int, key_size: int, value_size: int, batch: int = BATCH) -> Iterator[tuple[bytes, bytes]]:
+    """The same of a hash map as bytes: many keys behind each other, and their values."""
+    keys, values = (
+        ctypes.create_string_buffer(key_size * batch),
+        ctypes.create_string_buffer(value_size * batch),
+    )
+    # Hash maps take the number of a bucket for a position.
+    following, position = c_uint32(), None
+    while True:
+        count = c_uint32(batch)
+        result = library().bpf_map_lookup_batch(
+            fd, position, byref(following), byref(keys), byref(values), byref(count), None
+        )
+        if result != -errno.ENOENT:
+            check(result, "reading a map")
+        yield keys.raw[: key_size * count.value], values.raw[: value_size * count.value]
+        if result == -errno.ENOENT:
+            return
+        position = byref(c_uint32(following.value))
+
+
 def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any]]:
     keys, values = (key_type * 1)(), (value_type * 1)()
     position: object = None
