@@ -1,14 +1,14 @@
-"""What policy costs between two pods of one node: requests per second and their slowest hundredth, with
-policy on against nothing of Meshwire on the way, in turns within one run. The node is a lab's, with its real
-kube-proxy: conntrack is on, and a Service is what kube-proxy makes of it. Stands by itself too:
-`python -m bench nearby` (root)."""
+"""What policy costs between two pods of one node: requests per second and their slowest hundredth, on a node
+with policy on against one that has nothing of Meshwire between its pods, in turns within one run. The nodes
+are a lab's, with their real kube-proxy: conntrack is on, and a Service is what kube-proxy makes of it.
+Stands by itself too: `python -m bench nearby` (root)."""
 
 from __future__ import annotations
 
-import json
 import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,13 @@ from meshwire.lab.exercise import Exercise
 from meshwire.lab.lab import Lab
 from meshwire.lab.model import Settings
 
-NODE: Final = "node1"
-ROUNDS: Final = 16
-SECONDS: Final = 0.8
+JUDGED: Final = "node1"
+BARE: Final = "node2"
+"""Its agent ends before policy is turned on."""
+ROUNDS: Final = 40
+CONTROL_ROUNDS: Final = 12
+"""Before policy is on, to see whether the nodes differ."""
+SECONDS: Final = 0.3
 CLIENT, SERVER = "client", "server"
 GOAL: Final = "at least 1.0"
 SERVICE_GOAL: Final = "at least 0.97"
@@ -48,6 +52,10 @@ KINDS: Final = (
 )
 
 
+Rounds = Mapping[Kind, Sequence[tuple[Answers, Answers]]]
+"""Of each round what the judged node's pods found, and the bare one's."""
+
+
 def measure() -> list[Figure]:
     """In namespaces of its own (bench.isolated). About four minutes. Raises LabError and
     CalledProcessError."""
@@ -55,61 +63,75 @@ def measure() -> list[Figure]:
         directory = Path(resources.enter_context(tempfile.TemporaryDirectory()))
         load = Load(directory)
         lab = Lab(directory / "lab")
-        lab.up(Settings(nodes=1))
+        lab.up(Settings(nodes=2))
         resources.callback(lab.down)
-        lab.apply(*_objects())
-        lab.kubectl("wait", "pod", CLIENT, SERVER, "--for=condition=Ready", "--timeout=60s")
-        resources.enter_context(load.serving(lab.find_pod(SERVER).netns))
-        return _figures(_rounds(Exercise(lab), load))
+        for node in (JUDGED, BARE):
+            lab.apply(*_objects(node))
+            pods = [f"{name}-{node}" for name in (CLIENT, SERVER)]
+            lab.kubectl("wait", "pod", *pods, "--for=condition=Ready", "--timeout=60s")
+            resources.enter_context(load.serving(lab.find_pod(f"{SERVER}-{node}").netns))
+        lab.stop_agent(BARE)
+        control = _rounds(lab, load, CONTROL_ROUNDS)
+        exercise = Exercise(lab)
+        exercise.set_policy(True, wait=False)
+        exercise.wait_until(lambda: _in_force(lab) == 2, f"policy in force on {JUDGED}")
+        # What follows from it, in the operator and elsewhere, is over.
+        time.sleep(2)
+        return _figures(control, _rounds(lab, load, ROUNDS))
 
 
-def _rounds(exercise: Exercise, load: Load) -> dict[Kind, list[tuple[Answers, Answers]]]:
-    """(on, off) of each round; which goes first by turns, so that it is switched once a round."""
+def _in_force(lab: Lab) -> int:
+    reports = lab.get("meshpolicyreports")["items"]
+    found = [report for report in reports if report["metadata"]["name"] == JUDGED]
+    return sum(len(report.get("status", {}).get("policies", ())) for report in found)
+
+
+def _rounds(lab: Lab, load: Load, rounds: int) -> Rounds:
+    """Which node goes first by turns."""
     found: defaultdict[Kind, list[tuple[Answers, Answers]]] = defaultdict(list)
-    for number in range(ROUNDS):
-        answers: dict[bool, dict[Kind, Answers]] = {}
-        for enabled in (number % 2 == 0, number % 2 == 1):
-            _switch(exercise, enabled)
-            answers[enabled] = {kind: _ask(exercise.lab, load, kind, SECONDS) for kind in KINDS}
+    targets = {
+        (node, by_service): _target(lab, node, by_service)
+        for node in (JUDGED, BARE)
+        for by_service in (False, True)
+    }
+    for number in range(rounds):
         for kind in KINDS:
-            found[kind].append((answers[True][kind], answers[False][kind]))
+            answers = {}
+            for node in (JUDGED, BARE) if number % 2 else (BARE, JUDGED):
+                client = lab.find_pod(f"{CLIENT}-{node}")
+                answers[node] = load.ask(
+                    client.netns,
+                    client.addresses[0],
+                    targets[node, kind.by_service],
+                    connections=kind.connections,
+                    seconds=SECONDS,
+                    mode=kind.mode,
+                )
+            found[kind].append((answers[JUDGED], answers[BARE]))
     return found
 
 
-def _switch(exercise: Exercise, enabled: bool) -> None:
-    """Off: nothing of Meshwire is left at the pods' devices."""
-    exercise.set_policy(enabled)
-    if enabled:
-        return
-    devices = json.loads(exercise.lab.on_node(NODE, "tc", "-json", "qdisc", "show").stdout)
-    for device in devices:
-        if device["kind"] == "clsact" and device["dev"] in _pod_devices(exercise.lab):
-            exercise.lab.on_node(NODE, "tc", "qdisc", "delete", "dev", device["dev"], "clsact")
+def _target(lab: Lab, node: str, by_service: bool) -> str:
+    name = f"{SERVER}-{node}"
+    if by_service:
+        return str(lab.get("service", name)["spec"]["clusterIP"])
+    return lab.find_pod(name).addresses[0]
 
 
-def _pod_devices(lab: Lab) -> set[str]:
-    links = json.loads(lab.on_node(NODE, "ip", "-json", "link", "show", "type", "veth").stdout)
-    return {link["ifname"] for link in links} - {"eth0"}
+def _figures(control: Rounds, rounds: Rounds) -> list[Figure]:
+    return [
+        *(figure for kind, pairs in rounds.items() for figure in _figures_of(kind, pairs)),
+        *(
+            ratio(
+                f"{kind.name}: requests/s, the same nodes with policy off",
+                [(one.per_second, other.per_second) for one, other in pairs],
+            )
+            for kind, pairs in control.items()
+        ),
+    ]
 
 
-def _ask(lab: Lab, load: Load, kind: Kind, seconds: float) -> Answers:
-    client, server = lab.find_pod(CLIENT), lab.find_pod(SERVER)
-    target = lab.get("service", SERVER)["spec"]["clusterIP"] if kind.by_service else server.addresses[0]
-    return load.ask(
-        client.netns,
-        client.addresses[0],
-        target,
-        connections=kind.connections,
-        seconds=seconds,
-        mode=kind.mode,
-    )
-
-
-def _figures(rounds: dict[Kind, list[tuple[Answers, Answers]]]) -> list[Figure]:
-    return [figure for kind, pairs in rounds.items() for figure in _figures_of(kind, pairs)]
-
-
-def _figures_of(kind: Kind, pairs: list[tuple[Answers, Answers]]) -> Iterator[Figure]:
+def _figures_of(kind: Kind, pairs: Sequence[tuple[Answers, Answers]]) -> Iterator[Figure]:
     rate = percentile([off.per_second for _, off in pairs], 50)
     slowest = percentile([off.p99_us for _, off in pairs], 50)
     spread = f"median of {len(pairs)} rounds of {SECONDS} s"
@@ -127,14 +149,18 @@ def _figures_of(kind: Kind, pairs: list[tuple[Answers, Answers]]) -> Iterator[Fi
     )
 
 
-def _objects() -> list[Object]:
+def _objects(node: str) -> list[Object]:
     def pod(name: str) -> Object:
         return {
             "apiVersion": "v1",
             "kind": "Pod",
-            "metadata": {"name": name, "namespace": "default", "labels": {"app": name}},
+            "metadata": {
+                "name": f"{name}-{node}",
+                "namespace": "default",
+                "labels": {"app": name, "on": node},
+            },
             "spec": {
-                "nodeName": NODE,
+                "nodeName": node,
                 "terminationGracePeriodSeconds": 0,
                 "containers": [{"name": "it", "image": "host", "command": ["sleep", "infinity"]}],
             },
@@ -147,8 +173,8 @@ def _objects() -> list[Object]:
         {
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": {"name": SERVER, "namespace": "default"},
-            "spec": {"selector": {"app": SERVER}, "ports": [{"port": PORT}]},
+            "metadata": {"name": f"{SERVER}-{node}", "namespace": "default"},
+            "spec": {"selector": {"app": SERVER, "on": node}, "ports": [{"port": PORT}]},
         },
         {
             "apiVersion": "meshwire.dev/v1alpha1",
