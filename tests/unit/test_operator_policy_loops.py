@@ -12,7 +12,7 @@ from meshwire.api import names
 from meshwire.api.meshconfig import MeshConfig, PolicySettings
 from meshwire.api.meshnode import MeshNode
 from meshwire.kube.client import ApiError, Client
-from meshwire.operator import policyloop, policyworld, rounds
+from meshwire.operator import policyloop, policystatus, policyworld, rounds
 from meshwire.operator.metrics import Metrics
 from meshwire.operator.objects import Config, Node
 from meshwire.operator.policyapply import PolicyHands
@@ -284,10 +284,10 @@ async def test_a_change_after_a_rest_is_looked_at_without_delay(monkeypatch: pyt
         return Plan()
 
     monkeypatch.setattr(policyloop, "reconcile", look)
-    monkeypatch.setattr(policyloop.policystatus, "plan", lambda *inputs: look(inputs).actions)
+    monkeypatch.setattr(policystatus, "plan", lambda *inputs: look(inputs).actions)
     cluster.world.stale.clear()
     for loop, least in (
-        (cluster.endpoints, policyloop.DEBOUNCE),
+        (cluster.endpoints, rounds.DEBOUNCE),
         (cluster.statuses, policyloop.STATUS_DEBOUNCE),
     ):
         await loop._round()

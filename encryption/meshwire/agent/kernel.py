@@ -121,7 +121,7 @@ class Kernel:
             seen = replace(
                 seen,
                 links=links,
-                routes=netlink.observe_routes(self._ipr),
+                routes=netlink.observe_routes(),
                 attachments=frozenset(self._observe_attachments(hooked)),
                 hooked=frozenset(hooked.values()),
                 sysctls=netlink.read_sysctls(self._settings.proc_sys, paths),

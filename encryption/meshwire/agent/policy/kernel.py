@@ -152,7 +152,7 @@ class PolicyKernel:
         veths = {link.index for link in self._links.values() if link.kind == "veth"}
         return frozenset(
             route.interfaces[0]
-            for route in netlink.observe_routes(self._ipr)
+            for route in netlink.observe_routes()
             if route.interfaces[0] in veths
             and route.destination.prefixlen == route.destination.max_prefixlen
             and any(route.destination.network_address in block for block in own)
