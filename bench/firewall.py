@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.figures import Figure, percentile, ratio
-from bench.load import PORT, Load
+from bench.load import PORT, Load, Mode
 
 from meshwire.agent.policy.kernel import PolicyKernel
 from meshwire.agent.policy.model import Surroundings
@@ -32,10 +32,10 @@ from meshwire.lab import cni
 from meshwire.policy.identity import identity_labels
 
 RULES: Final = (10, 1_000, 10_000)
-ROUNDS: Final = 12
-CONNECT_SECONDS: Final = 0.4
-REQUEST_SECONDS: Final = 0.25
-PACKETS: Final = 40_000
+ROUNDS: Final = 24
+CONNECT_SECONDS: Final = 0.15
+REQUEST_SECONDS: Final = 0.1
+PACKETS: Final = 15_000
 TRANSFER_ROUNDS: Final = 5
 SOURCES: Final = IPv4Address("10.64.0.0")
 """Of those that may: this address plus their number, but for the one in the middle, which is the client."""
@@ -124,8 +124,8 @@ def measure() -> list[Figure]:
                 servers.enter_context(load.serving(kind.server))
                 _check(load, kind)
             for number in range(ROUNDS):
-                for kind in _turned(KINDS, number):
-                    rounds[kind].append(_measure(load, kind))
+                for kind, found in _round(load, _turned(KINDS, number)):
+                    rounds[kind].append(found)
         transfers: defaultdict[Kind, list[float]] = defaultdict(list)
         largest = [kind for kind in KINDS if kind.rules in (0, RULES[-1])]
         for kind in largest:
@@ -335,15 +335,26 @@ def _check(load: Load, kind: Kind) -> None:
 # Figures
 
 
-def _measure(load: Load, kind: Kind) -> Found:
+def _round(load: Load, kinds: Sequence[Kind]) -> Iterator[tuple[Kind, Found]]:
+    """One after the other by each measure, so that what is compared is as near in time as can be."""
+    connections = [_ask(load, kind, CONNECT_SECONDS, "new") for kind in kinds]
+    requests = [_ask(load, kind, REQUEST_SECONDS, "keep") for kind in kinds]
+    packets = [_flood(load, kind, PACKETS, answered=True) for kind in kinds]
+    new_packets = [_flood(load, kind, PACKETS // 3, answered=False) for kind in kinds]
+    for kind, *found in zip(kinds, connections, requests, packets, new_packets, strict=True):
+        yield kind, Found(*found)
+
+
+def _ask(load: Load, kind: Kind, seconds: float, mode: Mode) -> float:
+    """Microseconds."""
     ends = (kind.client, str(CLIENT), str(SERVER))
-    to = (kind.client, str(CLIENT), kind.server, str(SERVER))
-    return Found(
-        load.ask(*ends, connections=1, seconds=CONNECT_SECONDS, mode="new").p50_us,
-        load.ask(*ends, connections=1, seconds=REQUEST_SECONDS, mode="keep").p50_us,
-        load.flood(*to, packets=PACKETS, answered=True),
-        load.flood(*to, packets=PACKETS // 4, answered=False),
-    )
+    return load.ask(*ends, connections=1, seconds=seconds, mode=mode).p50_us
+
+
+def _flood(load: Load, kind: Kind, packets: int, *, answered: bool) -> float:
+    """Nanoseconds."""
+    ends = (kind.client, str(CLIENT), kind.server, str(SERVER))
+    return load.flood(*ends, packets=packets, answered=answered)
 
 
 def _transfer(kind: Kind) -> float:
