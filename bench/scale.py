@@ -62,17 +62,9 @@ def measure(nodes: int = NODES) -> list[Figure]:
 
 
 def _measure(lab: Lab, nodes: int) -> list[Figure]:
-    lab.apply(
-        {
-            "apiVersion": names.API_VERSION,
-            "kind": "MeshConfig",
-            "metadata": {"name": names.CONFIG_NAME},
-            "spec": {"encryption": {"enabled": True}, "policy": {"enabled": True}},
-        },
-        *(_namespace(number) for number in range(NAMESPACES)),
-    )
+    apply_settings(lab)
     lab.call(lambda client: wait_for_peers(client, 0))
-    lab.call(_wait_until_usable)
+    lab.call(wait_until_usable)
     # The operator would find that these nodes have no agents and that their pods don't exist, the node
     # controller that they have no kubelet.
     lab.stop_operator()
@@ -100,7 +92,7 @@ def _measure(lab: Lab, nodes: int) -> list[Figure]:
             name=f"agent, resident, {scale}, after a restart",
             value=started / MIB,
             unit="MiB",
-            spread=f"PSS {_pss_kib(pid) / MIB:.1f}, peak {status_kib(pid, 'VmHWM') / MIB:.1f}",
+            spread=f"PSS {pss_kib(pid) / MIB:.1f}, peak {status_kib(pid, 'VmHWM') / MIB:.1f}",
             goal=MEMORY_GOAL,
         ),
         Figure(
@@ -110,9 +102,9 @@ def _measure(lab: Lab, nodes: int) -> list[Figure]:
             spread=f"{start:.1f} s of CPU",
         ),
     ]
-    before = _seconds_of_cpu(pid)
+    before = seconds_of_cpu(pid)
     time.sleep(IDLE_SECONDS)
-    idle = (_seconds_of_cpu(pid) - before) / IDLE_SECONDS
+    idle = (seconds_of_cpu(pid) - before) / IDLE_SECONDS
     figures.append(Figure(name="agent, CPU, idle", value=1000 * idle, unit="ms per s"))
     with _maps(pid) as maps:
         fill = {
@@ -167,7 +159,7 @@ def _restart(lab: Lab) -> tuple[float, float]:
             return all(address in now and now[address].set > number for address, number in before.items())
 
         _wait(is_done, "all sets written anew", pause=0.05)
-        return time.monotonic() - began, _seconds_of_cpu(agent_pid(lab))
+        return time.monotonic() - began, seconds_of_cpu(agent_pid(lab))
 
 
 # Changes
@@ -255,7 +247,7 @@ async def _time(client: Client, pid: int, change: PolicyHere | PodElsewhere) -> 
         write = await change.prepare(client, number)
         # What was written before, e.g. the agent's own reports, is over.
         await asyncio.sleep(1)
-        spent = _seconds_of_cpu(pid)
+        spent = seconds_of_cpu(pid)
         await write()
         began = time.monotonic()
         while not change.is_in_force():
@@ -265,7 +257,7 @@ async def _time(client: Client, pid: int, change: PolicyHere | PodElsewhere) -> 
         seconds.append(time.monotonic() - began)
         # Its report is part of it.
         await asyncio.sleep(0.5)
-        cpu.append(_seconds_of_cpu(pid) - spent)
+        cpu.append(seconds_of_cpu(pid) - spent)
     spread = f"of {CHANGES}, {1000 * min(seconds):.0f} to {1000 * max(seconds):.0f}"
     name = f"{change.name}: written to in force"
     return [
@@ -298,10 +290,10 @@ async def _cost_of_others(client: Client, pid: int) -> Figure:
         policy = ingress_policy(identity, 8300 + number)
         metadata = policy["metadata"]
         path = f"{MESH}/namespaces/{metadata['namespace']}/{names.MESHPOLICIES}/{metadata['name']}"
-        spent = _seconds_of_cpu(pid)
+        spent = seconds_of_cpu(pid)
         await client.patch(path, {"spec": policy["spec"]})
         await asyncio.sleep(0.5)
-        cpu.append(_seconds_of_cpu(pid) - spent)
+        cpu.append(seconds_of_cpu(pid) - spent)
     return Figure(
         name="policy of pods elsewhere changed: agent's CPU",
         value=1000 * statistics.median(cpu),
@@ -310,7 +302,7 @@ async def _cost_of_others(client: Client, pid: int) -> Figure:
     )
 
 
-def _seconds_of_cpu(pid: int) -> float:
+def seconds_of_cpu(pid: int) -> float:
     """Of all of its threads, to the nanosecond; those of threads that ended are lost, and none do."""
     found = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
@@ -319,12 +311,25 @@ def _seconds_of_cpu(pid: int) -> float:
     return found / 1e9
 
 
-def _pss_kib(pid: int) -> int:
+def pss_kib(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 # What there is
+
+
+def apply_settings(lab: Lab) -> None:
+    """Encryption and policy on, and the namespaces."""
+    lab.apply(
+        {
+            "apiVersion": names.API_VERSION,
+            "kind": "MeshConfig",
+            "metadata": {"name": names.CONFIG_NAME},
+            "spec": {"encryption": {"enabled": True}, "policy": {"enabled": True}},
+        },
+        *(_namespace(number) for number in range(NAMESPACES)),
+    )
 
 
 def _namespace_name(number: int) -> str:
@@ -342,7 +347,7 @@ def _namespace(number: int) -> Object:
     }
 
 
-def _pod_labels(app: int) -> dict[str, str]:
+def pod_labels(app: int) -> dict[str, str]:
     return {
         "app.kubernetes.io/name": f"service-{app}",
         "app.kubernetes.io/part-of": f"product-{app % 4}",
@@ -358,7 +363,7 @@ def _labels(identity: int) -> Labels:
         namespace=metadata["name"],
         namespace_labels={**metadata["labels"], "kubernetes.io/metadata.name": metadata["name"]},
         service_account="default",
-        pod_labels=_pod_labels(app),
+        pod_labels=pod_labels(app),
     )
 
 
@@ -376,7 +381,7 @@ def _own_pod(number: int) -> Object:
         "metadata": {
             "name": f"own-{number}",
             "namespace": _namespace_name(namespace),
-            "labels": _pod_labels(app),
+            "labels": pod_labels(app),
         },
         "spec": {
             "nodeName": NODE,
@@ -396,7 +401,7 @@ def _remote_pods(nodes: int) -> Iterator[Endpoint]:
 
 def _remote_pod(node: int, number: int, identity: int) -> Endpoint:
     namespace, app = divmod(identity, APPS)
-    spec = _cidrs_of(node)
+    spec = pod_cidrs_of(node)
     unique = f"{node:04x}{number:04x}"
     return Endpoint(
         addresses=tuple(cidr[10 + number] for cidr in spec),
@@ -413,7 +418,7 @@ def _remote_pod(node: int, number: int, identity: int) -> Endpoint:
 _CIDRS: dict[int, tuple[IPv4Network | IPv6Network, ...]] = {}
 
 
-def _cidrs_of(node: int) -> tuple[IPv4Network | IPv6Network, ...]:
+def pod_cidrs_of(node: int) -> tuple[IPv4Network | IPv6Network, ...]:
     """The pod CIDRs of that other node."""
     if node not in _CIDRS:
         texts = make_objects(node)[0]["spec"]["podCIDRs"]
@@ -560,7 +565,7 @@ def ingress_policy(identity: int, port: int) -> Object:
     }
 
 
-async def _wait_until_usable(client: Client) -> None:
+async def wait_until_usable(client: Client) -> None:
     """Pods can be made in every namespace, and the agent has a report to write to."""
     paths = [
         f"/api/v1/namespaces/{_namespace_name(number)}/serviceaccounts/default"
