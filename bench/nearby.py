@@ -25,7 +25,7 @@ from meshwire.lab.model import Settings
 JUDGED: Final = "node1"
 BARE: Final = "node2"
 """Its agent ends before policy is turned on."""
-ROUNDS: Final = 40
+ROUNDS: Final = 32
 CONTROL_ROUNDS: Final = 12
 """Before policy is on, to see whether the nodes differ."""
 SECONDS: Final = 0.3

@@ -1,7 +1,7 @@
 """The operator among 50,000 pods: its memory and processor time, and how long a new pod takes to be
 published to the agents, in a cluster at rest and while five more come every second. A real API server holds
-the pods; their nodes are names only. It takes longer than all other parts, so it is measured on demand alone:
-`python -m bench publishing` (root)."""
+the pods; their nodes are names only. It takes longer than all other parts, so it is measured on demand
+alone: `python -m bench publishing` (root)."""
 
 from __future__ import annotations
 

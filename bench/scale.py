@@ -35,7 +35,7 @@ PODS_PER_NODE: Final = 50
 NAMESPACES: Final = 25
 APPS: Final = 10
 """Per namespace; each is one identity."""
-CHANGES: Final = 30
+CHANGES: Final = 20
 IDLE_SECONDS: Final = 30.0
 WAIT_SECONDS: Final = 180.0
 CONCURRENCY: Final = 16

@@ -88,7 +88,7 @@ def listed(source: Mapping[str, Any], name: str, path: str, parse: Callable[[Any
 def address(value: Any, path: str) -> Address:
     text = _string(value, path)
     # The C library reads them several times faster, and a cluster has as many as it has pods.
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         if ":" in text:
             return IPv6Address(inet_pton(AF_INET6, text))
         return IPv4Address(inet_pton(AF_INET, text))
