@@ -239,7 +239,7 @@ def _enforcing(exercise: Exercise, among: str) -> list[Figure]:
 
 def _starting(exercise: Exercise, among: str) -> list[Figure]:
     """A pod that may reach one of another node, from its object's creation and from its first question to
-    its first answer. It asks from its first moment on, twenty times a second. Between the two is what the
+    its first answer. It asks from its first moment on, fifty times a second. Between the two is what the
     lab needs to start it, a Python interpreter included."""
     lab = exercise.lab
     lab.apply(
@@ -252,7 +252,7 @@ def _starting(exercise: Exercise, among: str) -> list[Figure]:
     from_creation, from_question = [], []
     for number in range(CYCLES):
         name = f"started-{number}"
-        watching = ("watch", "--timeout=0.05", "--attempts=1", "--pause=0", target)
+        watching = ("watch", "--timeout=0.02", "--attempts=1", "--pause=0", target)
         log = lab.paths.logs / "pods" / f"default_{name}.log"
         # A pod of this name may have been there before.
         log.unlink(missing_ok=True)
