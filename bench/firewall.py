@@ -423,9 +423,13 @@ def _added(name: str, values: Sequence[float], unit: str) -> Figure:
         name=name,
         value=percentile(values, 50),
         unit=unit,
-        spread=f"median of {len(values)} rounds, middle half {percentile(values, 25):.3g} to "
-        f"{percentile(values, 75):.3g}",
+        spread=f"median of {len(values)} rounds, middle half {_short(percentile(values, 25))} to "
+        f"{_short(percentile(values, 75))}",
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _transfer_figures(transfers: Mapping[Kind, Sequence[float]]) -> Iterator[Figure]:
