@@ -34,6 +34,8 @@ class Part:
     module: str
     title: str
     seconds: float
+    on_demand: bool = False
+    """Not measured unless it is named."""
 
 
 PARTS: Final = {
@@ -42,7 +44,11 @@ PARTS: Final = {
     "throughput": Part("bench.throughput", "throughput and latency through the redirect", 300),
     "lab": Part("bench.lab", "encryption on and off, nodes that join", 600),
     "policies": Part("bench.policies", "judging by policy", 600),
+    "firewall": Part("bench.firewall", "policy, iptables and nftables", 600),
+    "nearby": Part("bench.nearby", "between two pods of one node", 600),
     "memory": Part("bench.memory", "an agent among a thousand nodes", 600),
+    "scale": Part("bench.scale", "an agent among fifty thousand pods", 600),
+    "publishing": Part("bench.publishing", "the operator among fifty thousand pods", 1800, on_demand=True),
 }
 
 UNITS: Final = {"_ms": "ms", "_ns": "ns", "_s": "s", "_mib": "MiB"}
@@ -84,7 +90,7 @@ def main(chosen: list[str]) -> int:
         table.add_column(heading, justify="right" if heading == "value" else "left", overflow="fold")
     failed = False
     for name, part in PARTS.items():
-        if chosen and name not in chosen:
+        if name not in chosen if chosen else part.on_demand:
             continue
         table.add_section()
         table.add_row(Text(part.title, style="bold"))

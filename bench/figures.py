@@ -32,12 +32,21 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
-def p50_p95(name: str, seconds: Sequence[float], *, goal: str = "") -> list[Figure]:
-    """Two figures of one series of times."""
+def percentiles(
+    name: str, seconds: Sequence[float], percents: Sequence[int] = (50, 95), *, goal: str = ""
+) -> list[Figure]:
+    """Figures of one series of times; the goal is that of the first. Of fewer than a hundred, p99 lies
+    between the two slowest."""
     spread = f"of {len(seconds)}, {min(seconds):.2f} to {max(seconds):.2f}"
     return [
-        Figure(name=f"{name}, p50", value=percentile(seconds, 50), unit="s", spread=spread, goal=goal),
-        Figure(name=f"{name}, p95", value=percentile(seconds, 95), unit="s", spread=spread),
+        Figure(
+            name=f"{name}, p{percent}",
+            value=percentile(seconds, percent),
+            unit="s",
+            spread=spread,
+            goal=goal if number == 0 else "",
+        )
+        for number, percent in enumerate(percents)
     ]
 
 

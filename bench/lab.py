@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from bench.figures import Figure, p50_p95
+from bench.figures import Figure, percentiles
 
 from meshwire.api import conditions, names
 from meshwire.api.meshnode import Phase
@@ -45,8 +45,8 @@ def _switch(lab: Lab) -> list[Figure]:
             off.append(_apply(lab, enabled=False))
         on.append(_apply(lab, enabled=True))
     return [
-        *p50_p95(f"kubectl apply to encrypted on all of {NODES} nodes", on),
-        *p50_p95(f"kubectl apply to plaintext and cleaned up on all of {NODES} nodes", off),
+        *percentiles(f"kubectl apply to encrypted on all of {NODES} nodes", on),
+        *percentiles(f"kubectl apply to plaintext and cleaned up on all of {NODES} nodes", off),
     ]
 
 
@@ -78,8 +78,8 @@ def _join(lab: Lab) -> list[Figure]:
         lab.remove_node(name)
         _wait(lab, Phase.ENFORCING, nodes=NODES)
     return [
-        *p50_p95("node added (its machine made, agent started) to encrypted with all others", whole),
-        *p50_p95("node registered to encrypted with all others", registered),
+        *percentiles("node added (its machine made, agent started) to encrypted with all others", whole),
+        *percentiles("node registered to encrypted with all others", registered),
     ]
 
 

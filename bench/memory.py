@@ -56,17 +56,17 @@ def _measure(lab: Lab, nodes: int) -> list[Figure]:
             "spec": spec,
         }
     )
-    lab.call(lambda client: _wait_for_peers(client, 0))
-    alone = _settled(_agent(lab))
+    lab.call(lambda client: wait_for_peers(client, 0))
+    alone = settled(agent_pid(lab))
     # The operator would find that these nodes have no agents, the node controller that they have no kubelet.
     lab.stop_operator()
     processes.stop(lab.paths, "controller-manager")
-    lab.call(lambda client: _create_all(client, nodes - 1))
-    lab.call(lambda client: _wait_for_peers(client, nodes - 1))
-    grown = _settled(_agent(lab))
+    lab.call(lambda client: create_all(client, nodes - 1))
+    lab.call(lambda client: wait_for_peers(client, nodes - 1))
+    grown = settled(agent_pid(lab))
     # An agent that starts gets everything in lists, not one by one.
     lab.restart_agent(NODE)
-    started = _settled(_agent(lab))
+    started = settled(agent_pid(lab))
     return [
         Figure(name="agent, resident, alone", value=alone / MIB, unit="MiB"),
         Figure(
@@ -80,20 +80,20 @@ def _measure(lab: Lab, nodes: int) -> list[Figure]:
             name=f"agent, resident, {nodes} nodes, after a restart",
             value=started / MIB,
             unit="MiB",
-            spread=f"peak {_status_kib(_agent(lab), 'VmHWM') / MIB:.1f}",
+            spread=f"peak {status_kib(agent_pid(lab), 'VmHWM') / MIB:.1f}",
             goal="at most 80",
         ),
     ]
 
 
-def _agent(lab: Lab) -> int:
+def agent_pid(lab: Lab) -> int:
     pid = lab.pid(f"{NODE}.agent")
     if pid is None:
         raise RuntimeError(f"the agent does not run: {lab.log(f'{NODE}.agent').read_text()[-1000:]}")
     return pid
 
 
-async def _wait_for_peers(client: Client, peers: int) -> None:
+async def wait_for_peers(client: Client, peers: int) -> None:
     """Until the agent reports epoch 1 in place with so many peers."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
@@ -109,7 +109,7 @@ async def _wait_for_peers(client: Client, peers: int) -> None:
     raise TimeoutError(f"the agent has not taken up {peers} peers within {WAIT_SECONDS:.0f} s: {found}")
 
 
-async def _create_all(client: Client, count: int) -> None:
+async def create_all(client: Client, count: int) -> None:
     """A Node and a MeshNode each, as they are in a running cluster."""
     gate = asyncio.Semaphore(CONCURRENCY)
 
@@ -230,18 +230,18 @@ def make_objects(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return node, meshnode
 
 
-def _settled(pid: int) -> int:
+def settled(pid: int) -> int:
     """Resident KiB once it no longer changes; at the latest after WAIT_SECONDS."""
     deadline = time.monotonic() + WAIT_SECONDS
-    reference, since = _status_kib(pid, "VmRSS"), time.monotonic()
+    reference, since = status_kib(pid, "VmRSS"), time.monotonic()
     while time.monotonic() < min(deadline, since + QUIET_SECONDS):
         time.sleep(0.5)
-        now = _status_kib(pid, "VmRSS")
+        now = status_kib(pid, "VmRSS")
         if abs(now - reference) > QUIET_KIB:
             reference, since = now, time.monotonic()
-    return _status_kib(pid, "VmRSS")
+    return status_kib(pid, "VmRSS")
 
 
-def _status_kib(pid: int, field: str) -> int:
+def status_kib(pid: int, field: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

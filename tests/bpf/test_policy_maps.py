@@ -89,6 +89,11 @@ def test_maps_give_back_what_they_were_given(policy_maps: PolicyMaps) -> None:
     policy_maps.identities.update(four, 2**32 - 1)
     policy_maps.identities.update_many({six: 256, four: 257})
     assert policy_maps.identities.read() == {four: 257, six: 256}
+    assert policy_maps.identities.read_packed() == {four.packed: 257, six.packed: 256}
+    assert (policy_maps.identities.find(four), policy_maps.identities.find(ip_address("10.1.1.8"))) == (
+        257,
+        None,
+    )
 
     blocks = {
         ip_network("0.0.0.0/0"): CidrEntry(2**24 - 1, CidrFlag(0)),
@@ -170,3 +175,9 @@ def test_nothing_has_happened_yet(policy_maps: PolicyMaps) -> None:
     with policy_maps.open_events() as events:
         assert events.fileno() > 0
         assert not events.read(timeout_s=0.01)
+
+
+def test_many_addresses_are_read_as_bytes(policy_maps: PolicyMaps) -> None:
+    many = {ip_address(0x0A000000 + number): 256 + number for number in range(10_000)}
+    policy_maps.identities.update_many(many)
+    assert policy_maps.identities.read_packed() == {each.packed: number for each, number in many.items()}

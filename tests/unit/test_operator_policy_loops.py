@@ -12,11 +12,12 @@ from meshwire.api import names
 from meshwire.api.meshconfig import MeshConfig, PolicySettings
 from meshwire.api.meshnode import MeshNode
 from meshwire.kube.client import ApiError, Client
-from meshwire.operator import policyloop, policyworld, rounds
+from meshwire.operator import policyloop, policystatus, policyworld, rounds
 from meshwire.operator.metrics import Metrics
 from meshwire.operator.objects import Config, Node
 from meshwire.operator.policyapply import PolicyHands
 from meshwire.operator.policyloop import EndpointLoop, StatusLoop
+from meshwire.operator.policyreconcile import Plan
 from meshwire.operator.policyworld import PolicyWorld
 from meshwire.operator.watches import Watched
 
@@ -264,3 +265,34 @@ async def test_somebody_elses_write_is_seen_and_mended(cluster: Cluster) -> None
     (path,) = server.of(names.MESHENDPOINTSLICES)
     server.remove(path)
     await cluster.until(lambda: "one" in cluster.endpoints_of())
+
+
+async def test_a_change_after_a_rest_is_looked_at_without_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 100.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock, cluster = Clock(), Cluster()
+    for watch in cluster.world.watches.values():
+        watch.complete = True
+    monkeypatch.setattr(policyloop, "time", clock)
+
+    def look(inputs: object) -> Plan:
+        clock.now += 4
+        return Plan()
+
+    monkeypatch.setattr(policyloop, "reconcile", look)
+    monkeypatch.setattr(policystatus, "plan", lambda *inputs: look(inputs).actions)
+    cluster.world.stale.clear()
+    for loop, least in (
+        (cluster.endpoints, rounds.DEBOUNCE),
+        (cluster.statuses, policyloop.STATUS_DEBOUNCE),
+    ):
+        await loop._round()
+        assert loop.debounce == policyloop.SHARE * 4
+        clock.now += 5
+        assert loop.debounce == policyloop.SHARE * 4 - 5
+        clock.now += 5
+        assert loop.debounce == least

@@ -23,6 +23,7 @@ from meshwire.agent.policy.objects import (
     Pod,
     Refused,
     Service,
+    compact,
     parse_pod,
     parse_service,
 )
@@ -281,10 +282,10 @@ def test_of_two_pods_with_one_address_the_younger_has_it(model: Model) -> None:
 
 def test_pods_elsewhere_are_known_by_slices(model: Model) -> None:
     first = remote(300, "10.1.2.5", "a")
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(first, remote(301, "10.1.2.6", "b"))))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(first, remote(301, "10.1.2.6", "b")))))
     assert model.identities.desired == {packed("10.1.2.5"): 300, packed("10.1.2.6"): 301}
     assert model.pod_name(packed("10.1.2.6")) == ("shop", "b")
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(first,)))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(first,))))
     assert model.identities.desired == {packed("10.1.2.5"): 300}
     model.remove_slice("s")
     assert model.identities.desired == {} and model.pod_name(packed("10.1.2.5")) is None
@@ -292,7 +293,7 @@ def test_pods_elsewhere_are_known_by_slices(model: Model) -> None:
 
 def test_a_pod_of_this_node_is_nobody_until_it_is_known_here(model: Model) -> None:
     model.set_surroundings(Surroundings(own=(ip_network("10.1.1.0/24"),)))
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(remote(300, "10.1.1.5", "web"),)))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(remote(300, "10.1.1.5", "web"),))))
     assert model.identities.desired == {}
     add(model, pod("web"))
     assert list(model.identities.desired) == [packed("10.1.1.5")]
@@ -330,9 +331,9 @@ def test_a_pod_that_moves_to_another_slice_stays_known(model: Model) -> None:
     model.put_policy(to_http)
     model.put_identity(MeshIdentity(number=300, labels=labels_of("db")))
     add(model, pod("web"))
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(moving,)))
-    model.put_slice(MeshEndpointSlice(name="t", endpoints=(moving,)))
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=()))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(moving,))))
+    model.put_slice(compact(MeshEndpointSlice(name="t", endpoints=(moving,))))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=())))
     model.update()
     assert model.identities.desired[packed("10.1.2.5")] == 300
     assert model.pod_name(packed("10.1.2.5")) == ("shop", "a")
@@ -343,8 +344,8 @@ def test_a_pod_that_moves_to_another_slice_stays_known(model: Model) -> None:
 
 
 def test_an_address_that_two_pods_claim_is_unknown(model: Model) -> None:
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(remote(300, "10.1.2.5", "a"),)))
-    model.put_slice(MeshEndpointSlice(name="t", endpoints=(remote(301, "10.1.2.5", "b"),)))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(remote(300, "10.1.2.5", "a"),))))
+    model.put_slice(compact(MeshEndpointSlice(name="t", endpoints=(remote(301, "10.1.2.5", "b"),))))
     assert model.identities.desired == {packed("10.1.2.5"): identity.UNKNOWN}
     model.remove_slice("s")
     assert model.identities.desired == {packed("10.1.2.5"): 301}
@@ -362,7 +363,7 @@ def test_nodes_and_api_servers_have_identities_of_their_own(model: Model) -> Non
         Backends(uid="u", namespace="default", service="kubernetes", addresses=tuple(map(packed, api)))
     )
     # No pod passes for a node.
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(remote(300, "192.0.2.2", "a"),)))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(remote(300, "192.0.2.2", "a"),))))
     assert model.identities.desired == {
         packed("192.0.2.1"): identity.HOST,
         packed("192.0.2.2"): identity.REMOTE_NODE,
@@ -528,8 +529,10 @@ def test_the_way_there_makes_no_difference(operations: list[tuple[int, int, int]
                 if ended.pop(("policy", which), None):
                     model.remove_policy(str(which))
             case 6:
-                ended["slice", which] = MeshEndpointSlice(
-                    name=str(which), endpoints=(remote(300 + what, f"10.1.2.{what}", str(which)),)
+                ended["slice", which] = compact(
+                    MeshEndpointSlice(
+                        name=str(which), endpoints=(remote(300 + what, f"10.1.2.{what}", str(which)),)
+                    )
                 )
                 model.put_slice(ended["slice", which])
             case 7:
@@ -610,6 +613,21 @@ def test_a_table_writes_what_differs_and_nothing_else(
         del kernel[key]
         table.deleted([key])
     assert kernel == table.desired and table.is_settled
+
+
+def test_a_table_that_was_found_as_it_should_be_has_nothing_to_look_at() -> None:
+    table: Table[int, int] = Table()
+    table.found({key: key for key in range(100)})
+    assert table.differing == table.size == 100
+    for key in range(100):
+        table.set(key, key)
+    assert (table.differing, table.size, table.is_settled) == (0, 100, True)
+    table.set(5, 6)
+    table.discard(7)
+    assert (table.differing, table.size, table.held(5), table.held(7)) == (2, 100, 5, 7)
+    table.set(5, 5)
+    table.deleted([7])
+    assert (table.differing, table.size, table.held(7)) == (0, 99, None)
 
 
 def test_every_port_of_a_rule_without_ports(model: Model) -> None:

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwire.api import meshidentity, names
+from meshwire.api import fields, meshidentity, names
 from meshwire.api.fields import InvalidSpec
 from meshwire.api.meshconfig import EXCLUDED_LABELS, MeshConfig, PolicySettings
 from meshwire.api.meshendpointslice import Endpoint, MeshEndpointSlice, NamedPort, PodRef
@@ -1027,3 +1027,22 @@ def test_defaults_and_bounds_are_the_same_wherever_they_are_written() -> None:
 def test_both_kinds_of_mesh_policies_have_one_schema() -> None:
     one, other = schema("meshpolicy"), schema("clustermeshpolicy")
     assert one["spec"] == other["spec"] and one["status"] == other["status"]
+
+
+@settings(max_examples=500)
+@given(
+    text=st.ip_addresses().map(str)
+    | st.text(alphabet="0129af.:%", max_size=18)
+    | st.sampled_from(
+        ["fe80::1%eth0", "::ffff:10.1.2.3", "1:2:3:4:5:6:7::", "010.1.1.1", "10.1.1.1\0", "\udc80"]
+    )
+)
+def test_addresses_read_as_the_standard_library_reads_them(text: str) -> None:
+    try:
+        expected: Any = ip_address(text)
+    except ValueError:
+        with pytest.raises(InvalidSpec):
+            fields.address(text, "it")
+    else:
+        found = fields.address(text, "it")
+        assert (found, type(found), str(found)) == (expected, type(expected), str(expected))

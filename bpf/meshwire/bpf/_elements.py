@@ -47,6 +47,15 @@ def network_of(prefix: layouts.Prefix) -> Network:
     return IPv6Network((address, length))
 
 
+def lookup(fd: int, key: ctypes._CData, value: ctypes._CData, what: str) -> bool:
+    """Reads one element into `value`; whether it is there. Raises OSError."""
+    result = library().bpf_map_lookup_elem(fd, byref(key), byref(value))
+    if result == -errno.ENOENT:
+        return False
+    check(result, what)
+    return True
+
+
 def update(fd: int, key: ctypes._CData, value: ctypes._CData, what: str) -> None:
     """Adds or replaces one element. Raises OSError."""
     check(library().bpf_map_update_elem(fd, byref(key), byref(value), 0), what)
@@ -111,6 +120,27 @@ def items(
         if result == -errno.ENOENT:
             return
         position = byref(following)
+
+
+def raw_items(fd: int, key_size: int, value_size: int, batch: int = BATCH) -> Iterator[tuple[bytes, bytes]]:
+    """The same of a hash map as bytes: many keys behind each other, and their values."""
+    keys, values = (
+        ctypes.create_string_buffer(key_size * batch),
+        ctypes.create_string_buffer(value_size * batch),
+    )
+    # Hash maps take the number of a bucket for a position.
+    following, position = c_uint32(), None
+    while True:
+        count = c_uint32(batch)
+        result = library().bpf_map_lookup_batch(
+            fd, position, byref(following), byref(keys), byref(values), byref(count), None
+        )
+        if result != -errno.ENOENT:
+            check(result, "reading a map")
+        yield keys.raw[: key_size * count.value], values.raw[: value_size * count.value]
+        if result == -errno.ENOENT:
+            return
+        position = byref(c_uint32(following.value))
 
 
 def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any]]:

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import socket
+import struct
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from ctypes import c_uint32
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from meshwire.bpf import policylayouts as layouts
 from meshwire.bpf._elements import (
@@ -21,9 +23,11 @@ from meshwire.bpf._elements import (
     delete,
     delete_many,
     items,
+    lookup,
     network_of,
     open_pinned,
     prefix_of,
+    raw_items,
     update,
     update_many,
 )
@@ -40,6 +44,10 @@ from meshwire.bpf.policylayouts import (
 )
 
 Address = IPv4Address | IPv6Address
+
+_IP: Final = struct.Struct("=16sB3x")
+_NUMBER: Final = struct.Struct("=I")
+"""`layouts.Ip` and `layouts.Identity`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,22 @@ class Identities:
         return {
             _address_of(key): value.number for key, value in items(self._fd, layouts.Ip, layouts.Identity)
         }
+
+    def read_packed(self) -> dict[bytes, int]:
+        """The same with packed addresses: there are hundreds of thousands."""
+        found: dict[bytes, int] = {}
+        sizes = ctypes.sizeof(layouts.Ip), ctypes.sizeof(layouts.Identity)
+        for keys, values in raw_items(self._fd, *sizes):
+            pairs = zip(_IP.iter_unpack(keys), _NUMBER.iter_unpack(values), strict=True)
+            for (address, family), (number,) in pairs:
+                found[address if family == Family.IPV6 else address[:4]] = number
+        return found
+
+    def find(self, address: Address) -> int | None:
+        """None: there is no entry."""
+        value = layouts.Identity()
+        found = lookup(self._fd, _ip_of(address), value, f"reading {address} from identities")
+        return value.number if found else None
 
     def update(self, address: Address, number: int) -> None:
         update(

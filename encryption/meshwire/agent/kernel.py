@@ -121,7 +121,7 @@ class Kernel:
             seen = replace(
                 seen,
                 links=links,
-                routes=netlink.observe_routes(self._ipr),
+                routes=netlink.observe_routes(),
                 attachments=frozenset(self._observe_attachments(hooked)),
                 hooked=frozenset(hooked.values()),
                 sysctls=netlink.read_sysctls(self._settings.proc_sys, paths),
@@ -311,12 +311,9 @@ class Kernel:
 
     def _observe_attachments(self, hooked: Mapping[int, str]) -> Iterable[Attachment]:
         for index in sorted(hooked):
+            filters = tc.find_filters(self._ipr, index)
             for direction in Direction:
-                found = [
-                    each
-                    for each in tc.find_filters(self._ipr, index)
-                    if each.direction == _DIRECTIONS[direction]
-                ]
+                found = [each for each in filters if each.direction == _DIRECTIONS[direction]]
                 if not found:
                     continue
                 current = len(found) == 1 and found[0].first and self._is_loaded(found[0])

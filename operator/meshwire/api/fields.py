@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from socket import AF_INET, AF_INET6, inet_pton
 from typing import Any, Final, TypeVar
 
 Address = IPv4Address | IPv6Address
@@ -84,8 +86,14 @@ def listed(source: Mapping[str, Any], name: str, path: str, parse: Callable[[Any
 
 
 def address(value: Any, path: str) -> Address:
+    text = _string(value, path)
+    # The C library reads them several times faster, and a cluster has as many as it has pods.
+    with suppress(OSError, ValueError):
+        if ":" in text:
+            return IPv6Address(inet_pton(AF_INET6, text))
+        return IPv4Address(inet_pton(AF_INET, text))
     try:
-        return ip_address(_string(value, path))
+        return ip_address(text)
     except ValueError:
         raise InvalidSpec(path, f"{value!r} is not an IP address") from None
 

@@ -120,7 +120,7 @@ def find_devices(
     from pyroute2 import IPRoute
 
     with IPRoute() as ipr:
-        links, routes = observe_links(ipr), observe_routes(ipr)
+        links, routes = observe_links(ipr), observe_routes()
     local = {address for link in links.values() for address in link.addresses}
     own: set[Address] = set()
     remote: list[Network] = []

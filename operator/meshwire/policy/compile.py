@@ -280,6 +280,11 @@ class Compiler:
             self._leaving.discard(identity)
             self.remove_identity(identity)
 
+    def policies_of(self, identity: int) -> tuple[str, ...]:
+        """Uids, sorted, of the policies that select a subject; none where it has no labels yet."""
+        subject = self._subjects.get(identity)
+        return tuple(sorted(subject.policies)) if subject else ()
+
     def changes(self) -> Changes:
         """Raises OverflowError where rules name more blocks of addresses than there are numbers."""
         for block, use in self._blocks.settle():

@@ -89,6 +89,7 @@ class Enforcer:
         self._news_to_report = asyncio.Event()
         self._synced_at = self._looked_at = NEVER
         self._guessed: frozenset[int] = frozenset()
+        self._around: tuple[object, Surroundings] = (None, Surroundings())
         self._hub = Hub(settings.node, settings.run_directory, lambda: self._model)
 
     def follow(self, source: Callable[[], World]) -> None:
@@ -257,6 +258,13 @@ class Enforcer:
         )
 
     def _surroundings(self, world: World, asked: PolicySettings, links: Mapping[str, Link]) -> Surroundings:
+        # It says the same for most events, and comes from as many objects as there are nodes.
+        source = (world.nodes, world.members.get(self._settings.node), world.config, asked, links)
+        if self._around[0] != source:
+            self._around = source, self._describe(world, asked, links)
+        return self._around[1]
+
+    def _describe(self, world: World, asked: PolicySettings, links: Mapping[str, Link]) -> Surroundings:
         own = world.nodes.get(self._settings.node)
         others = [node for name, node in world.nodes.items() if name != self._settings.node]
         config = world.config.network.cluster_cidrs if isinstance(world.config, MeshConfig) else ()

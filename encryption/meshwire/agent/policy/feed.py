@@ -15,6 +15,8 @@ from meshwire.agent.policy.objects import (
     Pod,
     Refused,
     Service,
+    Slice,
+    compact,
     parse_backends,
     parse_namespace,
     parse_pod,
@@ -85,9 +87,9 @@ def _identity(source: Object) -> MeshIdentity | Malformed:
         return _malformed(source, error)
 
 
-def _slice(source: Object) -> MeshEndpointSlice | Malformed:
+def _slice(source: Object) -> Slice | Malformed:
     try:
-        return MeshEndpointSlice.from_object(source)
+        return compact(MeshEndpointSlice.from_object(source))
     except InvalidSpec as error:
         return _malformed(source, error)
 
@@ -178,7 +180,7 @@ class Feed:
                 model.put_backends(item)
             case MeshIdentity():
                 model.put_identity(item)
-            case MeshEndpointSlice():
+            case Slice():
                 model.put_slice(item)
             case Policy():
                 model.put_policy(item)
@@ -209,7 +211,7 @@ def _key(item: Any) -> Hashable:
     match item:
         case MeshIdentity():
             return item.number
-        case MeshEndpointSlice() | Namespace():
+        case Slice() | Namespace():
             return item.name
         case _:
             uid: str = item.uid

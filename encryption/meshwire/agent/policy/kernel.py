@@ -115,11 +115,11 @@ class PolicyKernel:
     def fill_of(self, model: Model) -> dict[str, tuple[int, int]]:
         """Name of a map -> its entries, and how many it has room for."""
         return {
-            "cidrs": (len(model.cidrs.actual), policylayouts.MAX_CIDRS),
-            "endpoints": (len(model.endpoints.actual), policylayouts.MAX_ENDPOINTS),
-            "identities": (len(model.identities.actual), policylayouts.MAX_IDENTITIES),
-            "policy": (len(model.entries.actual), policylayouts.MAX_POLICY),
-            "services": (len(model.services.actual), policylayouts.MAX_SERVICES),
+            "cidrs": (model.cidrs.size, policylayouts.MAX_CIDRS),
+            "endpoints": (model.endpoints.size, policylayouts.MAX_ENDPOINTS),
+            "identities": (model.identities.size, policylayouts.MAX_IDENTITIES),
+            "policy": (model.entries.size, policylayouts.MAX_POLICY),
+            "services": (model.services.size, policylayouts.MAX_SERVICES),
         }
 
     def open_events(self) -> Events | None:
@@ -153,7 +153,7 @@ class PolicyKernel:
         veths = {link.index for link in self._links.values() if link.kind == "veth"}
         return frozenset(
             route.interfaces[0]
-            for route in netlink.observe_routes(self._ipr)
+            for route in netlink.observe_routes()
             if route.interfaces[0] in veths
             and route.destination.prefixlen == route.destination.max_prefixlen
             and any(route.destination.network_address in block for block in own)
@@ -190,9 +190,7 @@ class PolicyKernel:
 
     def _read_into(self, model: Model) -> None:
         maps = self._loaded()
-        model.identities.found(
-            {address.packed: number for address, number in maps.identities.read().items()}
-        )
+        model.identities.found(maps.identities.read_packed())
         model.cidrs.found({block: (entry.number, entry.flags) for block, entry in maps.cidrs.read().items()})
         model.services.found({address.packed: 0 for address in maps.services.read()})
         model.endpoints.found(
@@ -283,7 +281,7 @@ class PolicyKernel:
         """With `moved` only those that have other sets now, or are new."""
         maps = self._loaded()
         for address, value in model.endpoints.writes():
-            old = model.endpoints.actual.get(address)
+            old = model.endpoints.held(address)
             if moved and old and (old.set, old.audit_set) == (value.set, value.audit_set):
                 continue
             maps.endpoints.update(

@@ -3,17 +3,21 @@ kernel or the API."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import NamedTuple
 
-from meshwire.agent.policy.objects import PROTOCOLS, Backends, Namespace, Pod, Refused, Service
+from meshwire.agent.policy.objects import (
+    Backends,
+    Namespace,
+    Pod,
+    Refused,
+    Remote,
+    Service,
+    Slice,
+)
 from meshwire.agent.policy.tables import Table
 from meshwire.api.fields import Network
-from meshwire.api.meshendpointslice import Endpoint as SliceEndpoint
-from meshwire.api.meshendpointslice import MeshEndpointSlice
 from meshwire.api.meshidentity import MeshIdentity
 from meshwire.api.meshpolicy import Direction, Policy
 from meshwire.bpf.policylayouts import CidrFlag, EndpointFlag
@@ -21,7 +25,6 @@ from meshwire.policy import identity
 from meshwire.policy.compile import Compiler, EntryKey, EntryValue, PolicySet, RuleRef, TooLarge
 from meshwire.policy.identity import Labels
 from meshwire.policy.model import ServiceInfo
-from meshwire.policy.selectors import matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +51,6 @@ class Surroundings:
     cluster: tuple[Network, ...] = ()
     own: tuple[Network, ...] = ()
     excluded_labels: frozenset[str] = identity.HIGH_CARDINALITY
-
-
-class _Remote(NamedTuple):
-    """A pod that a slice has; addresses are packed, `ports` as in Pod. As small as can be: there are as many
-    as the cluster has pods."""
-
-    uid: str
-    identity: int
-    addresses: tuple[bytes, ...]
-    namespace: str
-    name: str
-    ports: tuple[tuple[str, int, int], ...]
-
-
-def _remote(endpoint: SliceEndpoint) -> _Remote:
-    return _Remote(
-        endpoint.pod.uid,
-        endpoint.identity,
-        tuple(address.packed for address in endpoint.addresses),
-        sys.intern(endpoint.pod.namespace),
-        endpoint.pod.name,
-        tuple((port.name, PROTOCOLS[port.protocol], port.port) for port in endpoint.ports),
-    )
 
 
 @dataclass(slots=True)
@@ -126,8 +106,8 @@ class Model:
         self._born: dict[tuple[str, bytes], int] = {}
         self._given: set[bytes] = set()
         self._moved: dict[str, int] = {}
-        self._slices: dict[str, tuple[_Remote, ...]] = {}
-        self._holders: dict[bytes, tuple[_Remote, ...]] = {}
+        self._slices: dict[str, tuple[Remote, ...]] = {}
+        self._holders: dict[bytes, Remote | list[Remote]] = {}
         self._named_ports: dict[int, dict[str, Mapping[str, frozenset[tuple[int, int]]]]] = {}
         self._services: dict[str, Service] = {}
         self._backends: dict[str, Backends] = {}
@@ -191,15 +171,15 @@ class Model:
         self._renumber(labels)
         self.compiler.remove_identity(number)
 
-    def put_slice(self, found: MeshEndpointSlice) -> None:
-        old, new = self._slices.get(found.name, ()), {_remote(endpoint) for endpoint in found.endpoints}
+    def put_slice(self, found: Slice) -> None:
+        old, new = self._slices.get(found.name, ()), set(found.pods)
         # First what is new: a pod that only changes is never nobody's.
         kept = [remote for remote in old if remote in new]
         added = new.difference(kept)
         self._slices[found.name] = (*kept, *added)
         for remote in added:
             for address in remote.addresses:
-                self._holders[address] = (*self._holders.get(address, ()), remote)
+                self._hold(address, [*self._holding(address), remote])
                 self._resolve(address)
             if remote.ports:
                 self._name_ports(remote.identity, remote.uid, remote.ports)
@@ -208,18 +188,15 @@ class Model:
     def remove_slice(self, name: str) -> None:
         self._release(self._slices.pop(name, ()))
 
-    def _release(self, remotes: Iterable[_Remote]) -> None:
+    def _release(self, remotes: Iterable[Remote]) -> None:
         for remote in remotes:
             for address in remote.addresses:
-                holders = list(self._holders[address])
+                holders = self._holding(address)
                 # One of them, where another slice has the same.
                 holders.remove(remote)
-                if holders:
-                    self._holders[address] = tuple(holders)
-                else:
-                    del self._holders[address]
+                self._hold(address, holders)
                 self._resolve(address)
-            still = (each for address in remote.addresses for each in self._holders.get(address, ()))
+            still = (each for address in remote.addresses for each in self._holding(address))
             # A pod of this node has its ports whatever others hear of it.
             if (
                 remote.ports
@@ -228,11 +205,25 @@ class Model:
             ):
                 self._name_ports(remote.identity, remote.uid, ())
 
+    def _holding(self, address: bytes) -> list[Remote]:
+        """The pods that slices have with this address."""
+        found = self._holders.get(address)
+        if found is None:
+            return []
+        return [found] if isinstance(found, Remote) else list(found)
+
+    def _hold(self, address: bytes, remotes: list[Remote]) -> None:
+        # Nearly all addresses are one pod's.
+        if remotes:
+            self._holders[address] = remotes[0] if len(remotes) == 1 else remotes
+        else:
+            self._holders.pop(address, None)
+
     def pod_name(self, address: bytes) -> tuple[str, str] | None:
         """(namespace, name) of the pod that has an address."""
         for uid in self._own_claims.get(address, {}):
             return self.pods[uid].namespace, self.pods[uid].name
-        for remote in self._holders.get(address, ()):
+        for remote in self._holding(address):
             return remote.namespace, remote.name
         return None
 
@@ -275,7 +266,7 @@ class Model:
         elif self._is_own(address):
             # A pod of this node that others know of already: until it is guarded, nobody is to talk to it.
             number = None
-        elif holders := self._holders.get(address):
+        elif holders := self._holding(address):
             numbers = {remote.identity for remote in holders}
             number = numbers.pop() if len(numbers) == 1 else identity.UNKNOWN
         elif is_api:
@@ -527,12 +518,7 @@ class Model:
 
     def policies_of(self, subject: int) -> list[Policy]:
         """Those that select it."""
-        labels = dict(self._subjects[subject].labels) if subject in self._subjects else None
-        return [
-            policy
-            for policy in self.policies.values()
-            if labels is not None and matches(policy.selector, labels)
-        ]
+        return [self.policies[uid] for uid in self.compiler.policies_of(subject)]
 
     def update(self) -> None:
         """Brings what the compiler has found since into the tables."""
@@ -623,7 +609,7 @@ class Model:
             # Flows of the pod that had the address before are not its own. One that is still at the device
             # where an earlier agent left it is the same.
             if (pod.uid, address) not in self._born:
-                left = self.endpoints.actual.get(address) if address not in self._given else None
+                left = self.endpoints.held(address) if address not in self._given else None
                 same = left is not None and left.ifindex == device
                 self._born[pod.uid, address] = left.born if left and same else self._next_revision()
                 self._given.add(address)

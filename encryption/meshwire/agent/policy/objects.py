@@ -3,13 +3,15 @@ wrongly is left out."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from meshwire.api.fields import InvalidSpec
+from meshwire.api.meshendpointslice import MeshEndpointSlice
 from meshwire.policy.identity import Labels, sorted_labels
 
 PROTOCOLS: Final[Mapping[str, int]] = {"TCP": 6, "UDP": 17, "SCTP": 132}
@@ -60,6 +62,42 @@ class Backends:
     namespace: str
     service: str
     addresses: tuple[bytes, ...]
+
+
+class Remote(NamedTuple):
+    """A pod that a slice has; addresses are packed, `ports` as in Pod. As small as can be: there are as many
+    as the cluster has pods."""
+
+    uid: str
+    identity: int
+    addresses: tuple[bytes, ...]
+    namespace: str
+    name: str
+    ports: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    name: str
+    pods: tuple[Remote, ...]
+
+
+def compact(found: MeshEndpointSlice) -> Slice:
+    """What policy needs of it."""
+    return Slice(
+        found.name,
+        tuple(
+            Remote(
+                endpoint.pod.uid,
+                endpoint.identity,
+                tuple(address.packed for address in endpoint.addresses),
+                sys.intern(endpoint.pod.namespace),
+                endpoint.pod.name,
+                tuple((port.name, PROTOCOLS[port.protocol], port.port) for port in endpoint.ports),
+            )
+            for endpoint in found.endpoints
+        ),
+    )
 
 
 def parse_pod(source: Mapping[str, Any]) -> Pod | None:
