@@ -298,7 +298,7 @@ def fill(node: str, rules: int) -> None:
             )
         )
         assert links and not model.waiting_for_device()
-        kernel.apply(model, (), (), resync=True, fresh=True)
+        kernel.apply(model, (), (), skips_stack=True, resync=True, fresh=True)
 
 
 def _labels(number: int) -> dict[str, str]:

@@ -661,7 +661,7 @@ class Agent:
     def clear(self) -> None:
         """Nothing is left in the maps."""
         self._begin()
-        self.kernel.apply(self.model, (), (), resync=True, fresh=False)
+        self.kernel.apply(self.model, (), (), skips_stack=True, resync=True, fresh=False)
 
     def follow(self, world: World, order: random.Random) -> None:
         """Everything that has changed since, one by one, and now and then a round in between."""
@@ -695,7 +695,7 @@ class Agent:
         for pod in model.waiting_for_device():
             if pod.uid in world.pods and world.pods[pod.uid].plugged:
                 model.set_device(pod.uid, DEVICE)
-        self.kernel.apply(model, (), (), resync=resync, fresh=False)
+        self.kernel.apply(model, (), (), skips_stack=True, resync=resync, fresh=False)
 
     def _tell(self, resource: str, kind: str, objects: Iterable[Object]) -> None:
         parse = self._sources[resource].parse

@@ -261,10 +261,10 @@ def test_ports_of_a_pod_here_stay_when_others_no_longer_hear_of_them(model: Mode
     expected = {EntryKey(identity.ANY, Direction.INGRESS, PortKey(6, 8080, 16)): False}
     assert rules(model, "10.1.1.5") == expected
     shown = replace(remote(300, "10.1.1.5", "web"), ports=(NamedPort("http", Protocol.TCP, 8080),))
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=(shown,)))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(shown,))))
     model.update()
     assert rules(model, "10.1.1.5") == expected
-    model.put_slice(MeshEndpointSlice(name="s", endpoints=()))
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=())))
     model.update()
     assert rules(model, "10.1.1.5") == expected
 
