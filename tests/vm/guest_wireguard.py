@@ -65,7 +65,7 @@ def test_a_thousand_peers_in_one_go_are_all_there(wireguard: KernelWireGuard) ->
     assert (device.public_key, device.port, len(device.peers)) == (public_key(secret), 51871, PEERS)
     for peer in peers:
         found = device.peers[peer.public_key]
-        assert found.allowed_ips == frozenset(peer.gain)
+        assert found.networks == frozenset(peer.gain)
         assert (found.endpoint, found.keepalive, found.handshake) == (peer.endpoint, 25, 0)
 
     fewer = tuple(replace(peer, remove=True) for peer in peers[1:])
@@ -85,8 +85,8 @@ def test_a_network_moves_or_goes_without_touching_the_others(wireguard: KernelWi
     wireguard.configure(ConfigureDevice(name=DEVICE, peers=(moved,), release=other.gain[1:2]))
     peers = wireguard.observe(DEVICE).peers
     assert set(peers) == {one.public_key, other.public_key}
-    assert peers[one.public_key].allowed_ips == set(one.gain[1:])
-    assert peers[other.public_key].allowed_ips == {other.gain[0], other.gain[2], one.gain[0]}
+    assert peers[one.public_key].networks == set(one.gain[1:])
+    assert peers[other.public_key].networks == {other.gain[0], other.gain[2], one.gain[0]}
     assert peers[other.public_key].endpoint == other.endpoint
 
 

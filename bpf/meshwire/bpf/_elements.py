@@ -39,6 +39,15 @@ def prefix_of(network: Network) -> layouts.Prefix:
     )
 
 
+def single_of(address: bytes) -> layouts.Prefix:
+    """The prefix of one packed address."""
+    return layouts.Prefix(
+        prefixlen=FAMILY_BITS + 8 * len(address),
+        family=Family.IPV4 if len(address) == 4 else Family.IPV6,
+        addr=(ctypes.c_uint8 * 16)(*address),
+    )
+
+
 def network_of(prefix: layouts.Prefix) -> Network:
     length = prefix.prefixlen - FAMILY_BITS
     address = bytes(prefix.addr)

@@ -3,17 +3,29 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import byref, c_uint32
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from meshwire.bpf import layouts
 from meshwire.bpf._elements import Network as Network
-from meshwire.bpf._elements import delete, items, network_of, open_pinned, prefix_of, update
+from meshwire.bpf._elements import (
+    delete,
+    delete_many,
+    items,
+    network_of,
+    open_pinned,
+    prefix_of,
+    single_of,
+    update,
+    update_many,
+)
 from meshwire.bpf._libbpf import check, library
-from meshwire.bpf.layouts import AddressFlag, Direction, Reason, SettingsFlag
+from meshwire.bpf.layouts import FAMILY_BITS, AddressFlag, Direction, Family, Reason, SettingsFlag
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +52,19 @@ class Counter:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """All of the ipcache. `singles` are entries of single addresses that are nothing but a pod's, or
+    somewhere in the cluster: packed, by node number and flags. There may be as many as the cluster has
+    pods."""
+
+    prefixes: dict[Network, AddressEntry]
+    singles: dict[tuple[int, AddressFlag], set[bytes]]
+
+
+_SINGLES: Final = frozenset({AddressFlag.POD, AddressFlag.CLUSTER})
+
+
 class Ipcache:
     """Address prefix -> AddressEntry. All methods raise OSError."""
 
@@ -51,6 +76,30 @@ class Ipcache:
             network_of(key): AddressEntry(value.identity, value.node, AddressFlag(value.flags))
             for key, value in items(self._fd, layouts.Prefix, layouts.Address)
         }
+
+    def read_compact(self) -> Addresses:
+        found = Addresses({}, {})
+        for key, value in items(self._fd, layouts.Prefix, layouts.Address):
+            length = 4 if key.family == Family.IPV4 else 16
+            flags = value.flags
+            if key.prefixlen == FAMILY_BITS + 8 * length and flags in _SINGLES and not value.identity:
+                address = bytes(key.addr)[:length]
+                found.singles.setdefault((value.node, AddressFlag(flags)), set()).add(address)
+            else:
+                entry = AddressEntry(value.identity, value.node, AddressFlag(flags))
+                found.prefixes[network_of(key)] = entry
+        return found
+
+    def update_singles(self, addresses: Sequence[bytes], entry: AddressEntry) -> None:
+        """The same entry for each of these addresses (packed)."""
+        value = layouts.Address(identity=entry.identity, node=entry.node, flags=entry.flags)
+        update_many(
+            self._fd, [(single_of(each), value) for each in addresses], "writing addresses to ipcache"
+        )
+
+    def delete_singles(self, addresses: Sequence[bytes]) -> None:
+        """Ones that aren't there are no error."""
+        delete_many(self._fd, [single_of(each) for each in addresses], "deleting addresses from ipcache")
 
     def update(self, network: Network, entry: AddressEntry) -> None:
         """Adds or replaces in one step: a packet sees the old entry or the new one."""

@@ -112,6 +112,7 @@ def observe_and_plan(
             held=held,
             links=observed.links,
             routes=observed.routes,
+            pods=world.pods,
             implementation=observed.implementation,
             config_refused=problem is not None,
             in_place=observed.pinned,
@@ -187,7 +188,7 @@ class Agent:
                 continue
             if now >= resync:
                 self._stale, resync = Part.ALL, now + RESYNC
-            world = self._source() if self._source else World(members=self._guarded)
+            world = self._source() if self._source else World(members=self._guarded, pods=None)
             stale = self._stale
             if now < deadline and not stale and world == self._world:
                 continue

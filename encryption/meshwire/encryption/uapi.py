@@ -8,12 +8,13 @@ import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from meshwire.api.fields import Network
 from meshwire.encryption.keys import public_key
-from meshwire.encryption.model import DeviceState, Endpoint, PeerState, SecretKey
+from meshwire.encryption.model import DeviceState, Endpoint, PeerState, SecretKey, single_network
 from meshwire.encryption.plan import ConfigureDevice
 
 SOCKETS: Final = Path("/var/run/wireguard")
@@ -49,6 +50,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
     peers: dict[str, PeerState] = {}
     fields: dict[str, str] = {}
     allowed: list[str] = []
+    singles: list[bytes] = []
 
     def finish() -> None:
         if "public_key" not in fields:
@@ -58,6 +60,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
             public_key=key,
             endpoint=parse_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
             allowed_ips=frozenset(map(_network, allowed)),
+            singles=frozenset(singles),
             keepalive=int(fields.get("persistent_keepalive_interval", 0)),
             handshake=int(fields.get("last_handshake_time_sec", 0))
             + int(fields.get("last_handshake_time_nsec", 0)) / 1e9,
@@ -66,6 +69,15 @@ def parse_device(name: str, answer: str) -> DeviceState:
         )
 
     for line in answer.splitlines():
+        # There may be as many of these as the cluster has pods.
+        if line.startswith("allowed_ip="):
+            if line.endswith("/128"):
+                singles.append(socket.inet_pton(socket.AF_INET6, line[11:-4]))
+            elif line.endswith("/32") and ":" not in line:
+                singles.append(socket.inet_pton(socket.AF_INET, line[11:-3]))
+            else:
+                allowed.append(line[11:])
+            continue
         key, _, value = line.partition("=")
         match key:
             case "private_key" if value.strip("0"):
@@ -74,9 +86,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
                 port = int(value)
             case "public_key":
                 finish()
-                fields, allowed = {key: value}, []
-            case "allowed_ip":
-                allowed.append(value)
+                fields, allowed, singles = {key: value}, [], []
             case _:
                 fields[key] = value
     finish()
@@ -107,13 +117,14 @@ def _lines(change: ConfigureDevice) -> Iterator[str]:
         yield f"listen_port={change.port}"
     if change.fresh:
         yield "replace_peers=true"
-    if change.release:
+    if change.release or change.release_pods:
         # Only newer implementations can take a single network away. A network has one peer, though, so
         # giving it to a peer that goes at once takes it from its old one everywhere, and that one isn't
         # disturbed.
         stand_in = os.urandom(32).hex()
         yield f"public_key={stand_in}"
         yield from (f"allowed_ip={network}" for network in change.release)
+        yield from (f"allowed_ip={single_network(address)}" for address in change.release_pods)
         yield f"public_key={stand_in}"
         yield "remove=true"
     for peer in change.peers:
@@ -124,7 +135,7 @@ def _lines(change: ConfigureDevice) -> Iterator[str]:
         if peer.endpoint:
             yield f"endpoint={peer.endpoint}"
         yield f"persistent_keepalive_interval={peer.keepalive}"
-        yield from (f"allowed_ip={network}" for network in peer.gain)
+        yield from (f"allowed_ip={each}" for each in chain(peer.gain, map(single_network, peer.pods)))
 
 
 def _connect(name: str) -> socket.socket:
