@@ -357,8 +357,9 @@ def _scope(cidrs: tuple[Network, ...], inputs: Inputs) -> summary.Scope:
         return summary.Scope(
             whole=False,
             reason=names.CLUSTER_CIDR_MISSING,
-            message=f"{summary.listed(lacking)} have no pod CIDR, and no cluster CIDR {_of(missing)} is"
-            " known: packets to a pod that is not known yet leave in clear; set spec.network.clusterCIDRs",
+            message=f"no cluster CIDR {_of(missing)} is known, and there are nodes without pod CIDR"
+            f" ({summary.listed(lacking)}): packets to a pod that is not known yet leave in clear; set"
+            " spec.network.clusterCIDRs",
         )
     if not cidrs:
         return summary.Scope(
