@@ -503,7 +503,7 @@ def _judge_pod_cidrs(cluster: ClusterFacts) -> Iterator[Finding]:
             "pod CIDRs",
             f"Nodes without spec.podCIDRs: {', '.join(bare)}",
             why="their pods' addresses come one by one: a new pod is reached when nodes have heard of it",
-            todo="set spec.network.clusterCIDRs in the MeshConfig, so that Strict covers new pods, too; or let"
+            todo="set spec.network.clusterCIDRs in the MeshConfig, so that Strict covers new pods; or let"
             " the controller manager give out CIDRs (--allocate-node-cidrs) and the CNI use them",
         )
     owned = [(node.name, ip_network(cidr)) for node in nodes for cidr in node.pod_cidrs]
