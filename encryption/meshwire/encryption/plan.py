@@ -297,6 +297,8 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     old_settings = datapath.settings if datapath else None
     old_nodes = datapath.nodes if datapath else {}
 
+    pods_written, pods_gone = _pod_entries(desired, datapath.pods if datapath else {})
+    yield from pods_written
     # Single nodes before whole clusters: a cluster CIDR covers them all and would drop what is on its way to
     # a node that is written a moment later.
     changed = [
@@ -307,8 +309,6 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     changed.sort(key=lambda item: AddressFlags.CLUSTER in item[1].flags)
     if changed:
         yield WriteAddresses(tuple(changed))
-    pods_written, pods_gone = _pod_entries(desired, datapath.pods if datapath else {})
-    yield from pods_written
 
     milder = _milder(old_settings, desired.settings)
     if milder != old_settings:
