@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from itertools import chain
 
 NOBODY = ""
 """The node of an address that two nodes' pods claim: nobody can say which of them has it."""
@@ -16,12 +15,17 @@ Pods = Mapping[str, frozenset[bytes]]
 """Node's name -> addresses of its pods."""
 
 
+_Content = tuple[str | bytes, ...]
+"""A slice's: a node's name, its addresses, the next node's name and so on. Tuples in tuples would take three
+times as much."""
+
+
 class PodAddresses:
     """What MeshEndpointSlices say. An address may be in two slices for a while, as its pod moves between
     them."""
 
     def __init__(self) -> None:
-        self._slices: dict[str, tuple[tuple[str, tuple[bytes, ...]], ...]] = {}
+        self._slices: dict[str, _Content] = {}
         self._holders: dict[bytes, str | tuple[str, ...]] = {}
         self._by_node: dict[str, frozenset[bytes]] = {}
         self._gained: dict[str, set[bytes]] = {}
@@ -31,12 +35,14 @@ class PodAddresses:
         """(node, addresses) of each pod."""
         old = self._slices.get(name, ())
         # One object of each address: a slice is written anew for each of its pods.
-        known = {address: address for _, addresses in old for address in addresses}
+        known = {address: address for _, address in _pairs(old)}
         by_node: dict[str, list[bytes]] = {}
         for node, addresses in pods:
             by_node.setdefault(sys.intern(node), []).extend(known.get(each, each) for each in addresses)
-        new = tuple((node, tuple(addresses)) for node, addresses in by_node.items())
-        self._slices[name] = new
+        flat: list[str | bytes] = []
+        for node, of_node in by_node.items():
+            flat += [node, *of_node]
+        new = self._slices[name] = tuple(flat)
         before, after = _pairs(old), _pairs(new)
         # First what is new: an address that only changes slices is never nobody's.
         for node, address in after - before:
@@ -90,8 +96,14 @@ class PodAddresses:
             self._gained.setdefault(after, set()).add(address)
 
 
-def _pairs(content: tuple[tuple[str, tuple[bytes, ...]], ...]) -> set[tuple[str, bytes]]:
-    return set(chain.from_iterable(((node, each) for each in addresses) for node, addresses in content))
+def _pairs(content: _Content) -> set[tuple[str, bytes]]:
+    node, found = NOBODY, set()
+    for each in content:
+        if isinstance(each, str):
+            node = each
+        else:
+            found.add((node, each))
+    return found
 
 
 def _owner(nodes: tuple[str, ...]) -> str | None:
