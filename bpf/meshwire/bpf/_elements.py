@@ -103,6 +103,14 @@ def items(
     fd: int, key_type: type[Any], value_type: type[Any], batch: int = BATCH
 ) -> Iterator[tuple[Any, Any]]:
     """Everything in a map, with few system calls; ctypes hands simple types over as Python values."""
+    for keys, values, count in batches(fd, key_type, value_type, batch):
+        yield from zip(keys[:count], values[:count], strict=True)
+
+
+def batches(
+    fd: int, key_type: type[Any], value_type: type[Any], batch: int = BATCH
+) -> Iterator[tuple[Any, Any, int]]:
+    """The same as arrays, of which so many elements count. They are used again for what follows."""
     keys, values = (key_type * batch)(), (value_type * batch)()
     position: object = None
     while True:
@@ -112,17 +120,17 @@ def items(
         )
         # LPM tries learned batches in 5.13, others may never.
         if result == -_ENOTSUPP and position is None:
-            yield from _items_one_by_one(fd, key_type, value_type)
+            yield from _one_by_one(fd, key_type, value_type)
             return
         if result != -errno.ENOENT:
             check(result, "reading a map")
-        yield from zip(keys[: count.value], values[: count.value], strict=True)
+        yield keys, values, count.value
         if result == -errno.ENOENT:
             return
         position = byref(following)
 
 
-def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any]]:
+def _one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any, int]]:
     keys, values = (key_type * 1)(), (value_type * 1)()
     position: object = None
     while (result := library().bpf_map_get_next_key(fd, position, byref(keys))) != -errno.ENOENT:
@@ -131,4 +139,4 @@ def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> It
         # Only we write, but a key that went away meanwhile is no reason to fail.
         if (found := library().bpf_map_lookup_elem(fd, byref(keys), byref(values))) != -errno.ENOENT:
             check(found, "reading a map")
-            yield keys[0], values[0]
+            yield keys, values, 1

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import byref, c_uint32
@@ -14,6 +15,7 @@ from typing import Final
 from meshwire.bpf import layouts
 from meshwire.bpf._elements import Network as Network
 from meshwire.bpf._elements import (
+    batches,
     delete,
     delete_many,
     items,
@@ -62,7 +64,12 @@ class Addresses:
     singles: dict[tuple[int, AddressFlag], set[bytes]]
 
 
-_SINGLES: Final = frozenset({AddressFlag.POD, AddressFlag.CLUSTER})
+_SINGLES: Final = frozenset({int(AddressFlag.POD), int(AddressFlag.CLUSTER)})
+_SINGLE_BITS: Final = {int(Family.IPV4): FAMILY_BITS + 32, int(Family.IPV6): FAMILY_BITS + 128}
+_PREFIX: Final = struct.Struct("=IB3x16s")
+"""As layouts.Prefix."""
+_ADDRESS: Final = struct.Struct("=IHH")
+"""As layouts.Address."""
 
 
 class Ipcache:
@@ -78,17 +85,25 @@ class Ipcache:
         }
 
     def read_compact(self) -> Addresses:
-        found = Addresses({}, {})
-        for key, value in items(self._fd, layouts.Prefix, layouts.Address):
-            length = 4 if key.family == Family.IPV4 else 16
-            flags = value.flags
-            if key.prefixlen == FAMILY_BITS + 8 * length and flags in _SINGLES and not value.identity:
-                address = bytes(key.addr)[:length]
-                found.singles.setdefault((value.node, AddressFlag(flags)), set()).add(address)
-            else:
-                entry = AddressEntry(value.identity, value.node, AddressFlag(flags))
-                found.prefixes[network_of(key)] = entry
-        return found
+        prefixes: dict[Network, AddressEntry] = {}
+        singles: dict[tuple[int, int], set[bytes]] = {}
+        for keys, values, count in batches(self._fd, layouts.Prefix, layouts.Address):
+            # Not by ctypes' fields: they take six times as long.
+            elements = zip(
+                _PREFIX.iter_unpack(memoryview(keys).cast("B")[: count * _PREFIX.size]),
+                _ADDRESS.iter_unpack(memoryview(values).cast("B")[: count * _ADDRESS.size]),
+                range(count),
+                strict=True,
+            )
+            for (length, family, address), (identity, node, flags), number in elements:
+                if flags in _SINGLES and not identity and length == _SINGLE_BITS[family]:
+                    single = address[:4] if family == Family.IPV4 else address
+                    singles.setdefault((node, flags), set()).add(single)
+                else:
+                    prefixes[network_of(keys[number])] = AddressEntry(identity, node, AddressFlag(flags))
+        return Addresses(
+            prefixes, {(node, AddressFlag(flags)): each for (node, flags), each in singles.items()}
+        )
 
     def update_singles(self, addresses: Sequence[bytes], entry: AddressEntry) -> None:
         """The same entry for each of these addresses (packed)."""

@@ -443,9 +443,11 @@ def _uncovered(
     lacking = [
         name for name, node in inputs.nodes.items() if name not in with_cidr and (node.ready or name in pods)
     ]
-    families = frozenset(
-        4 if length == 4 else 6 for name in lacking for length in set(map(len, pods.get(name, ())))
-    )
+    lengths: set[int] = set()
+    for name in lacking:
+        if len(lengths) < 2:
+            lengths.update(map(len, pods.get(name, ())))
+    families = frozenset(4 if length == 4 else 6 for length in lengths)
     known = (*inputs.config.network.cluster_cidrs, *own.spec.cluster_cidrs)
     if not lacking or not (missing := missing_families(known, families)):
         return []
