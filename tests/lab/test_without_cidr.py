@@ -48,8 +48,8 @@ def test_with_cluster_cidrs_all_is_well(found: Found) -> None:
     assert given["strict"] == [True, True, True]
 
 
-def test_on_and_off_under_traffic_lose_nothing(found: Found) -> None:
-    flows = found["on and off"]
+def test_off_and_on_under_traffic_lose_nothing(found: Found) -> None:
+    flows = found["off and on"]
     assert flows["packets"] > 5000
     assert flows["lost"] == 0 and not flows["broken"], flows["broken"]
 

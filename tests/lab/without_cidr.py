@@ -69,8 +69,7 @@ class Story:
         self.exercise.deploy()
         self.found["cidrs"] = [node["spec"].get("podCIDRs") for node in self.lab.get("nodes")["items"]]
         self.cluster_cidrs()
-        self.on_and_off()
-        self.exercise.set_encryption(True)
+        self.off_and_on()
         with self.wire("wire"), self.exercise.flows() as flows:
             self.new_pods()
             self.without_agents()
@@ -78,11 +77,6 @@ class Story:
         self.found["meanwhile"] = result(flows)
         self.found["leaked"] = self.exercise.mesh_status()["leaked"]
         self.policy()
-        self.exercise.set_encryption(False)
-        self.exercise.wait_until(lambda: self.count(names.MESHENDPOINTSLICES) == 0, "slices are gone")
-        self.found["published"]["off"] = self.count(names.MESHENDPOINTSLICES)
-        with self.wire("wire, off"):
-            self.ask("node1", self.exercise.probe("node2").addresses)
 
     # Parts
 
@@ -125,16 +119,18 @@ class Story:
             "all is well",
         )
         self.found["given"] = self.strictness()
-        self.exercise.set_encryption(False)
 
-    def on_and_off(self) -> None:
+    def off_and_on(self) -> None:
         with self.exercise.flows(udp_rate=500, services=True) as flows:
-            self.exercise.set_encryption(True)
-            self.found["published"] = {"on": self.count(names.MESHENDPOINTSLICES)}
-            time.sleep(1)
             self.exercise.set_encryption(False)
+            self.exercise.wait_until(lambda: self.count(names.MESHENDPOINTSLICES) == 0, "slices are gone")
+            self.found["published"] = {"off": self.count(names.MESHENDPOINTSLICES)}
+            with self.wire("wire, off"):
+                time.sleep(0.5)
+            self.exercise.set_encryption(True)
+            self.found["published"]["on"] = self.count(names.MESHENDPOINTSLICES)
             time.sleep(1)
-        self.found["on and off"] = result(flows) | {"packets": flows.packets}
+        self.found["off and on"] = result(flows) | {"packets": flows.packets}
 
     def new_pods(self) -> None:
         targets = self.exercise.probe("node2").addresses
