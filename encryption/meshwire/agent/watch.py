@@ -318,6 +318,8 @@ class Watch:
                 self._needs_pods.set()
             elif self._needs_pods.is_set():
                 self._needs_pods.clear()
+                # The next order must not be carried out by what was known at the time of this one.
+                self._pods = None
                 if self._following:
                     self._following.cancel()
             # Who has just started has what the agent before knew in the kernel, and doesn't act on less.
