@@ -106,7 +106,7 @@ def measure(pods: int = 50_000, nodes: int = 1000) -> dict[str, Any]:
             fresh = time.perf_counter() - started
             in_place = _resident_mib()
             read_started = time.perf_counter()
-            kernel.observe(world.config.encryption.userspace)  # type: ignore[union-attr]
+            _look(kernel, world, held, Part.ALL)
             read = time.perf_counter() - read_started
             changes = {}
             for name, content in {
@@ -119,7 +119,6 @@ def measure(pods: int = 50_000, nodes: int = 1000) -> dict[str, Any]:
                     part: round(1000 * getattr(times, part), 1)
                     for part in ("slice", "look", "apply", "again", "total")
                 } | {"actions": [str(action) for action in todo]}
-            # Restarted: what the kernel has is read by one that knows nothing yet.
             return {
                 "pods": pods,
                 "nodes": nodes,
@@ -128,7 +127,7 @@ def measure(pods: int = 50_000, nodes: int = 1000) -> dict[str, Any]:
                 "resident_in_place_mib": in_place,
                 "resident_at_the_end_mib": _resident_mib(),
                 "all_of_them_ms": round(1000 * fresh, 1),
-                "read_all_again_ms": round(1000 * read, 1),
+                "look_at_everything_ms": round(1000 * read, 1),
                 **changes,
             }
         finally:

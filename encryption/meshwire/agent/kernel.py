@@ -73,6 +73,25 @@ class Part(enum.Flag):
     ALL = NETWORK | WIREGUARD | MAPS | ADDRESSES
 
 
+class _Known:
+    """Addresses of pods that are in memory already: what the kernel has of them need not be there again."""
+
+    def __init__(self, pods: Iterable[frozenset[bytes]]) -> None:
+        self._sets = {each: each for each in pods}
+        self._addresses = {address: address for each in self._sets for address in each}
+
+    def share_pods(self, pods: Mapping[int, frozenset[bytes]]) -> dict[int, frozenset[bytes]]:
+        """Sets that are known are the same objects: see meshwire.encryption.pods."""
+        return {node: self._sets.get(each) or self._share(each) for node, each in pods.items()}
+
+    def share_device(self, state: DeviceState) -> DeviceState:
+        peers = {key: replace(peer, singles=self._share(peer.singles)) for key, peer in state.peers.items()}
+        return replace(state, peers=peers)
+
+    def _share(self, addresses: frozenset[bytes]) -> frozenset[bytes]:
+        return frozenset(self._addresses.get(each, each) for each in addresses)
+
+
 @dataclass(slots=True)
 class _Loaded:
     programs: loader.Programs
@@ -115,9 +134,13 @@ class Kernel:
             self._socket = IPRoute()
         return self._socket
 
-    def observe(self, mode: Userspace, fresh: Part = Part.ALL) -> Observed:
-        """What is `fresh`, or was changed by `apply` since, is read; the rest is as it was read last."""
+    def observe(
+        self, mode: Userspace, fresh: Part = Part.ALL, pods: Iterable[frozenset[bytes]] = ()
+    ) -> Observed:
+        """What is `fresh`, or was changed by `apply` since, is read; the rest is as it was read last. `pods`
+        are sets of addresses that are in memory anyway."""
         stale, seen = fresh | self._stale, self._seen
+        known: _Known | None = None
         if Part.NETWORK in stale:
             links = netlink.observe_links(self._ipr)
             if any(_index(links, name) != _index(seen.links, name) for name in DEVICES):
@@ -136,10 +159,15 @@ class Kernel:
             devices = {
                 name: self._observe_device(seen.links[name]) for name in DEVICES if name in seen.links
             }
+            known = known or _Known(pods)
+            devices = {name: known.share_device(device) for name, device in devices.items()}
             seen = replace(seen, wireguard=devices)
         if stale & (Part.MAPS | Part.ADDRESSES):
             before = None if Part.ADDRESSES in stale else seen.datapath
             datapath = self._observe_datapath(before)
+            if datapath and not before:
+                known = known or _Known(pods)
+                datapath = replace(datapath, pods=known.share_pods(datapath.pods))
             seen = replace(seen, datapath=datapath, pinned=self._settings.pin_directory.exists())
         self._seen, self._stale = seen, Part.NONE
         self._chosen = self._implementation(mode, seen.links)
@@ -348,15 +376,12 @@ class Kernel:
             for network, entry in found.prefixes.items()
         }
         pods: dict[int, frozenset[bytes]] = {}
-        before = self._seen.datapath.pods if self._seen.datapath else {}
         for (node, flags), singles in found.singles.items():
             entry = AddressEntry(node, AddressFlags(flags))
             if entry != pod_entry(node):
                 addresses |= dict.fromkeys(map(single_network, singles), entry)
             else:
-                # What is as it was stays the same object: see meshwire.encryption.pods.
-                same = before.get(node, frozenset())
-                pods[node] = same if same == singles else frozenset(singles)
+                pods[node] = frozenset(singles)
         return addresses, pods
 
     def _observe_hooked(self, links: Mapping[str, Link]) -> dict[int, str]:

@@ -101,7 +101,7 @@ def observe_and_plan(
     mode = (last_good or MeshConfig()).encryption.userspace
     if isinstance(world.config, MeshConfig):
         mode = world.config.encryption.userspace
-    observed = kernel.observe(mode, fresh)
+    observed = kernel.observe(mode, fresh, (world.pods or {}).values())
     config, problem = judge_config(world.config, last_good, observed.links)
     wanted = desired(
         Inputs(

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from io import StringIO
 from ipaddress import ip_address, ip_network
 from itertools import chain
 from pathlib import Path
@@ -68,7 +69,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
             sent=int(fields.get("tx_bytes", 0)),
         )
 
-    for line in answer.splitlines():
+    for line in map(str.rstrip, StringIO(answer)):
         # There may be as many of these as the cluster has pods.
         if line.startswith("allowed_ip="):
             if line.endswith("/128"):
@@ -153,8 +154,7 @@ def _talk(name: str, request: bytes) -> str:
     with _connect(name) as connection:
         connection.sendall(request)
         answer = "".join(_until_blank_line(connection))
-    lines = answer.splitlines()
-    number = next((int(line[6:]) for line in lines if line.startswith("errno=")), 0)
+    number = next((int(line[6:]) for line in StringIO(answer) if line.startswith("errno=")), 0)
     if number:
         raise OSError(abs(number), f"{name}: {os.strerror(abs(number))}")
     return answer
