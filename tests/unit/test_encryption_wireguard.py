@@ -246,7 +246,7 @@ def test_uapi_answers_are_read_back() -> None:
             "",
         ]
     )
-    state = uapi.parse_device("meshwire_wg1", answer)
+    state = uapi.parse_device("meshwire_wg1", answer.splitlines())
     assert (state.public_key, state.port) == (public_key(SECRET), 51872)
     assert state.peers == {
         key(1): PeerState(
@@ -266,7 +266,7 @@ def test_uapi_answers_are_read_back() -> None:
 
 @pytest.mark.parametrize("answer", [f"private_key={'00' * 32}\nlisten_port=1\nerrno=0\n\n", "errno=0\n\n"])
 def test_uapi_a_device_without_a_key_has_no_public_key(answer: str) -> None:
-    assert uapi.parse_device("meshwire_wg1", answer).public_key == ""
+    assert uapi.parse_device("meshwire_wg1", answer.splitlines()).public_key == ""
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from io import StringIO
 from ipaddress import ip_address, ip_network
 from itertools import chain
 from pathlib import Path
@@ -29,11 +28,16 @@ class Uapi:
     where nobody serves the device, or the errno that the implementation answered."""
 
     def observe(self, name: str) -> DeviceState:
-        return parse_device(name, _talk(name, b"get=1\n\n"))
+        with _connect(name) as connection:
+            connection.sendall(b"get=1\n\n")
+            return parse_device(name, _answer(name, connection))
 
     def configure(self, change: ConfigureDevice) -> None:
         """In one write, all peers at once."""
-        _talk(change.name, format_change(change))
+        with _connect(change.name) as connection:
+            connection.sendall(format_change(change))
+            for _ in _answer(change.name, connection):
+                pass
 
 
 def serves(name: str) -> bool:
@@ -45,8 +49,8 @@ def serves(name: str) -> bool:
         return False
 
 
-def parse_device(name: str, answer: str) -> DeviceState:
-    """The answer to get=1. The private key in it goes no further than its public half."""
+def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
+    """The lines that get=1 is answered with. The private key in it goes no further than its public half."""
     device_key, port = "", 0
     peers: dict[str, PeerState] = {}
     fields: dict[str, str] = {}
@@ -69,7 +73,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
             sent=int(fields.get("tx_bytes", 0)),
         )
 
-    for line in map(str.rstrip, StringIO(answer)):
+    for line in answer:
         # There may be as many of these as the cluster has pods.
         if line.startswith("allowed_ip="):
             if line.endswith("/128"):
@@ -150,21 +154,19 @@ def _connect(name: str) -> socket.socket:
     return connection
 
 
-def _talk(name: str, request: bytes) -> str:
-    with _connect(name) as connection:
-        connection.sendall(request)
-        answer = "".join(_until_blank_line(connection))
-    number = next((int(line[6:]) for line in StringIO(answer) if line.startswith("errno=")), 0)
-    if number:
-        raise OSError(abs(number), f"{name}: {os.strerror(abs(number))}")
-    return answer
-
-
-def _until_blank_line(connection: socket.socket) -> Iterable[str]:
-    tail = b""
-    while chunk := connection.recv(1 << 16):
-        yield chunk.decode()
-        tail = (tail + chunk)[-2:]
-        if tail == b"\n\n":
-            return
+def _answer(name: str, connection: socket.socket) -> Iterator[str]:
+    """Line by line: there may be as many as the cluster has pods. Raises OSError with the errno, at the
+    end."""
+    number = 0
+    with connection.makefile("r", encoding="ascii", newline="\n") as stream:
+        for line in stream:
+            line = line.rstrip("\n")
+            if line.startswith("errno="):
+                number = int(line[6:])
+            elif line:
+                yield line
+            elif number:
+                raise OSError(abs(number), f"{name}: {os.strerror(abs(number))}")
+            else:
+                return
     raise ConnectionResetError("the WireGuard implementation closed its socket in mid-answer")
