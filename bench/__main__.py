@@ -41,6 +41,7 @@ class Part:
 PARTS: Final = {
     "programs": Part("bench.programs", "the programs", 120),
     "peers": Part("bench.peers", "a thousand peers on one device", 300),
+    "pods": Part("bench.pods", "fifty thousand pods on nodes without pod CIDR", 300),
     "throughput": Part("bench.throughput", "throughput and latency through the redirect", 300),
     "lab": Part("bench.lab", "encryption on and off, nodes that join", 600),
     "policies": Part("bench.policies", "judging by policy", 600),

@@ -208,6 +208,32 @@ def test_ipcache_gives_back_what_it_was_given(maps: Maps) -> None:
     assert maps.ipcache.read() == {}
 
 
+def test_single_pod_addresses_are_written_and_read_compactly(maps: Maps) -> None:
+    host, block = ip_network("10.1.2.3/32"), ip_network("10.1.0.0/16")
+    others = {
+        host: AddressEntry(0, 2, AddressFlag.HOST),
+        block: AddressEntry(0, 0, AddressFlag.CLUSTER),
+        # Not what pods have.
+        ip_network("fd00::1/128"): AddressEntry(7, 4, AddressFlag.POD),
+    }
+    for network, entry in others.items():
+        maps.ipcache.update(network, entry)
+    ours = [(0x0A020000 + number).to_bytes(4) for number in range(5000)]
+    theirs = [((0xFD01 << 112) + number).to_bytes(16) for number in range(3)]
+    maps.ipcache.update_singles(ours, AddressEntry(0, 5, AddressFlag.POD))
+    maps.ipcache.update_singles(theirs, AddressEntry(0, 0, AddressFlag.CLUSTER))
+    found = maps.ipcache.read_compact()
+    assert found.prefixes == others
+    assert found.singles == {(5, AddressFlag.POD): set(ours), (0, AddressFlag.CLUSTER): set(theirs)}
+    assert maps.ipcache.read()[ip_network("10.2.19.135/32")] == AddressEntry(0, 5, AddressFlag.POD)
+
+    maps.ipcache.delete_singles([*ours, *ours[:3], *theirs[:1]])
+    assert maps.ipcache.read_compact().singles == {(0, AddressFlag.CLUSTER): set(theirs[1:])}
+    maps.ipcache.delete_singles(theirs)
+    for network in others:
+        maps.ipcache.delete(network)
+
+
 def test_more_prefixes_than_one_batch_are_read_whole(maps: Maps, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = {
         ip_network((0x0A000000 + (number << 8), 24)): AddressEntry(number, number % 100, AddressFlag.POD)

@@ -178,7 +178,7 @@ class Node:
                 name: {
                     peer.public_key: {
                         "endpoint": str(peer.endpoint),
-                        "allowed": sorted(map(str, peer.allowed_ips)),
+                        "allowed": sorted(map(str, peer.networks)),
                         "keepalive": peer.keepalive,
                         "handshake": peer.handshake,
                     }

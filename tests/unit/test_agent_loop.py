@@ -48,7 +48,7 @@ class StubKernel:
     unreadable: Exception | None = None
     counters: Metrics = field(default_factory=dict)
 
-    def observe(self, mode: Userspace, fresh: Part) -> Observed:
+    def observe(self, mode: Userspace, fresh: Part, pods: object = ()) -> Observed:
         self.looks.append(fresh)
         if self.unreadable:
             raise self.unreadable

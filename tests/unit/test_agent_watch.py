@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -131,6 +132,34 @@ class Lists:
         return frozenset(next(self.there[resource] for resource, its in PATHS.items() if its == path))
 
 
+class Slices(Lists):
+    """Lists, and MeshEndpointSlices that are listed when `open` is set, and then watched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = asyncio.Event()
+        self.slices: dict[str, Any] = {}
+        self.news: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        self.lists = 0
+
+    async def get(self, path: str, **params: str) -> Any:
+        assert path == watch.SLICES and params == {"limit": watch.SLICES_PER_PAGE}
+        self.lists += 1
+        await self.open.wait()
+        items = [dict(item) for item in self.slices.values()]
+        return {"kind": "MeshEndpointSliceList", "metadata": {"resourceVersion": "1"}, "items": items}
+
+    async def watch(self, path: str, **params: str) -> AsyncIterator[tuple[str, Any]]:
+        while True:
+            yield await self.news.get()
+
+
+def slice_of(name: str, **pods: str) -> dict[str, Any]:
+    """Address by node."""
+    endpoints = [{"node": node, "addresses": [address]} for node, address in pods.items()]
+    return {"metadata": {"name": name, "resourceVersion": "2"}, "spec": {"endpoints": endpoints}}
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "RETRY", 0.01)
@@ -184,3 +213,73 @@ async def test_an_object_that_went_between_two_lists_holds_nobody_up() -> None:
     lists.there["nodes"] = {"1"}
     await until(lambda: told)
     task.cancel()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_pods_are_followed_while_nodes_without_cidr_encrypt() -> None:
+    lists, told = Slices(), []
+
+    def follow(source: Callable[[], World]) -> None:
+        told.append(source())
+
+    def order(phase: str) -> None:
+        watching._event(
+            "meshnodes", "MODIFIED", body("b", "2", spec={"id": 2, "encryption": {"phase": phase}})
+        )
+
+    watching = Watch("a", Cluster(server="https://x"), lists, follow)  # type: ignore[arg-type]
+    lists.there |= {"nodes": {"1"}, "meshnodes": {"2"}}
+    lists.slices["s"] = slice_of("s", a="10.0.0.1", b="fd00::1")
+    tasks = [asyncio.create_task(watching.complete()), asyncio.create_task(watching.follow_pods())]
+    watching._event("nodes", None, body("b", "1"))
+    order("Off")
+    await until(lambda: told)
+    assert told[-1].pods == {} and lists.lists == 0
+
+    # The order comes; what is published is not known yet.
+    order("Enabling")
+    assert told[-1].pods is None
+    lists.open.set()
+    one, two = ip_address("10.0.0.1").packed, ip_address("fd00::1").packed
+    await until(lambda: told[-1].pods == {"a": {one}, "b": {two}})
+    await lists.news.put(("ADDED", slice_of("t", b="10.0.0.2")))
+    await until(lambda: told[-1].pods == {"a": {one}, "b": {two, ip_address("10.0.0.2").packed}})
+    await lists.news.put(("DELETED", slice_of("s")))
+    await until(lambda: told[-1].pods == {"b": {ip_address("10.0.0.2").packed}})
+
+    order("Off")
+    assert told[-1].pods == {}
+    # The next time everything is asked for anew.
+    lists.slices = {"u": slice_of("u", a="10.0.0.1")}
+    order("Enabling")
+    assert told[-1].pods is None
+    await until(lambda: told[-1].pods == {"a": {one}})
+    assert lists.lists == 2
+    watching._event("nodes", "MODIFIED", body("b", "1", spec={"podCIDRs": ["10.0.2.0/24"]}))
+    assert told[-1].pods == {}, "every node has a CIDR"
+    for task in tasks:
+        task.cancel()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_who_starts_in_an_encrypted_cluster_without_cidrs_waits_for_pods() -> None:
+    """The agent before it has written them to the kernel: less than that is nothing to act on."""
+    lists, told = Slices(), []
+
+    def follow(source: Callable[[], World]) -> None:
+        told.append(source())
+
+    watching = Watch("a", Cluster(server="https://x"), lists, follow)  # type: ignore[arg-type]
+    lists.there |= {"nodes": {"1"}, "meshnodes": {"2"}}
+    lists.slices["s"] = slice_of("s", a="10.0.0.1")
+    tasks = [asyncio.create_task(watching.complete()), asyncio.create_task(watching.follow_pods())]
+    watching._event("nodes", None, body("b", "1"))
+    watching._event("meshnodes", None, body("b", "2", spec={"id": 2, "encryption": {"phase": "Enforcing"}}))
+    await until(lambda: lists.lists)
+    await asyncio.sleep(0.05)
+    assert told == []
+    lists.open.set()
+    await until(lambda: told)
+    assert told[0].pods == {"a": frozenset({ip_address("10.0.0.1").packed})}
+    for task in tasks:
+        task.cancel()

@@ -39,6 +39,9 @@ from meshwire.encryption.model import (
     Settings,
     SettingsFlags,
     device_sysctls,
+    pod_entry,
+    single_address,
+    single_network,
 )
 
 OWN = "a"
@@ -75,13 +78,19 @@ class FakeKernel:
     writes: int = 0
 
     def observe(self) -> Observed:
+        pods: dict[int, frozenset[bytes]] = {}
+        addresses = {}
+        for network, entry in self.addresses.items():
+            address = single_address(network)
+            if address and entry == pod_entry(entry.node):
+                pods[entry.node] = pods.get(entry.node, frozenset()) | {address}
+            else:
+                addresses[network] = entry
         return Observed(
             links=dict(self.links),
             routes=(Route(ip_network("0.0.0.0/0"), (2,)),),
             wireguard=dict(self.wireguard),
-            datapath=Datapath(dict(self.addresses), dict(self.nodes), self.settings)
-            if self.loaded
-            else None,
+            datapath=Datapath(addresses, dict(self.nodes), self.settings, pods) if self.loaded else None,
             pinned=self.loaded,
             attachments=frozenset(Attachment(*hook, program) for hook, program in self.filters.items()),
             hooked=frozenset(self.hooked),
@@ -103,6 +112,12 @@ class FakeKernel:
             case plans.DeleteAddresses(networks):
                 for network in networks:
                     del self.addresses[network]
+            case plans.WritePods(node, singles):
+                assert self.loaded
+                self.addresses |= {single_network(each): pod_entry(node) for each in singles}
+            case plans.DeletePods(singles):
+                for each in singles:
+                    del self.addresses[single_network(each)]
             case plans.WriteNodes(entries):
                 for number, device in entries:
                     self.nodes.pop(number, None)
@@ -148,22 +163,22 @@ class FakeKernel:
             assert (change.name, Direction.INGRESS) in self.filters
         peers = {} if change.fresh else dict(state.peers)
 
-        def take(networks: Iterable[Network]) -> None:
+        def take(networks: Iterable[Network]) -> frozenset[Network]:
+            taken = frozenset(networks)
             for key, peer in peers.items():
-                peers[key] = replace(peer, allowed_ips=peer.allowed_ips - frozenset(networks))
+                peers[key] = with_networks(peer, peer.networks - taken)
+            return taken
 
-        take(change.release)
+        take((*change.release, *map(single_network, change.release_pods)))
         for each in change.peers:
             if each.remove:
                 del peers[each.public_key]
                 continue
-            take(each.gain)
+            gained = take((*each.gain, *map(single_network, each.pods)))
             old = peers.get(each.public_key, PeerState(public_key=each.public_key))
-            peers[each.public_key] = replace(
-                old,
-                endpoint=each.endpoint or old.endpoint,
-                keepalive=each.keepalive,
-                allowed_ips=old.allowed_ips | frozenset(each.gain),
+            peers[each.public_key] = with_networks(
+                replace(old, endpoint=each.endpoint or old.endpoint, keepalive=each.keepalive),
+                old.networks | gained,
             )
             if each.endpoint:
                 self.endpoints[change.name, each.public_key] = each.endpoint
@@ -211,8 +226,16 @@ class FakeKernel:
             if link is None or not link.up:
                 return "lost"
             peers = self.wireguard[link.name].peers.values()
-            return link.name if any(destination in n for p in peers for n in p.allowed_ips) else "lost"
+            return link.name if any(destination in n for p in peers for n in p.networks) else "lost"
         return "dropped" if strict else "clear"
+
+
+def with_networks(peer: PeerState, networks: Iterable[Network]) -> PeerState:
+    """As both implementations are read."""
+    networks = list(networks)
+    singles = {address for network in networks if (address := single_address(network))}
+    blocks = frozenset(network for network in networks if single_address(network) is None)
+    return replace(peer, allowed_ips=blocks, singles=frozenset(singles))
 
 
 def make_kernel() -> FakeKernel:
@@ -227,7 +250,8 @@ def make_kernel() -> FakeKernel:
 @dataclass(frozen=True)
 class Cluster:
     """What the API says: this node `a` and others, each with its number, pod CIDR and whether it has a
-    key."""
+    key. Nodes `without` (numbers) have no CIDR; `pods` are single addresses and their nodes, None: unknown
+    yet."""
 
     phase: Phase = Phase.OFF
     epoch: int = 0
@@ -235,6 +259,8 @@ class Cluster:
     others: tuple[tuple[str, int, bool], ...] = (("b", 2, True), ("c", 3, True))
     own_key: bool = True
     cluster_cidr: bool = True
+    without: frozenset[int] = frozenset()
+    pods: tuple[tuple[str, str], ...] | None = ()
 
     def member(self, name: str, number: int, has_key: bool) -> Member:
         key = Key(epoch=self.epoch, public_key=public(secret(name, self.epoch)))
@@ -244,7 +270,7 @@ class Cluster:
             spec=Spec(
                 id=number,
                 addresses=(ip_address(f"198.18.0.{number}"),),
-                pod_cidrs=(pod_cidr(number),),
+                pod_cidrs=() if number in self.without else (pod_cidr(number),),
                 cluster_cidrs=(ip_network("10.244.0.0/16"),) if self.cluster_cidr else (),
                 keys=(key,) if has_key and self.epoch and self.phase is not Phase.OFF else (),
                 phase=self.phase,
@@ -267,10 +293,20 @@ class Cluster:
                 else {},
                 links=observed.links,
                 routes=observed.routes,
+                pods=self.single_pods(),
+                in_place=observed.pinned,
             )
         )
         assert wanted is not None
         return wanted
+
+    def single_pods(self) -> dict[str, frozenset[bytes]] | None:
+        if self.pods is None:
+            return None
+        return {
+            node: frozenset(ip_address(address).packed for address, owner in self.pods if owner == node)
+            for _, node in self.pods
+        }
 
 
 def pod_cidr(number: int) -> IPv4Network:
@@ -297,14 +333,21 @@ def converge(kernel: FakeKernel, cluster: Cluster) -> plans.Plan:
 def assert_is(wanted: Desired, kernel: FakeKernel) -> None:
     """The kernel has what is wanted and nothing more, judged without the help of plan()."""
     assert kernel.settings == wanted.settings
-    assert kernel.addresses == wanted.addresses
+    if wanted.pods is not None:
+        pods = {
+            single_network(each): pod_entry(number) for number, some in wanted.pods.items() for each in some
+        }
+        assert kernel.addresses == {**wanted.addresses, **pods}
+        assert not wanted.addresses.keys() & pods.keys()
     assert kernel.wireguard.keys() == {device.name for device in wanted.devices}
     for device in wanted.devices:
         state = kernel.wireguard[device.name]
         assert (state.public_key, state.port) == (device.key.public_key, device.port)
-        assert {key: peer.allowed_ips for key, peer in state.peers.items()} == {
-            peer.public_key: peer.allowed_ips for peer in device.peers
-        }
+        if wanted.pods is not None:
+            assert {key: peer.networks for key, peer in state.peers.items()} == {
+                peer.public_key: peer.allowed_ips.union(map(single_network, peer.pods))
+                for peer in device.peers
+            }
         assert {path: kernel.sysctls[path] for path, _ in device_sysctls(device.name)} == dict(
             device_sysctls(device.name)
         )
@@ -523,7 +566,7 @@ def test_an_address_that_moves_between_peers_has_one_owner_throughout() -> None:
     configure = [a for a in converge(kernel, swapped) if isinstance(a, plans.ConfigureDevice)]
     assert [action.release for action in configure] == [()]
     assert kernel.egress(pod(2)) == kernel.egress(pod(3)) == "meshwire_wg1"
-    assert pod_cidr(2) in kernel.wireguard["meshwire_wg1"].peers[public(secret("c", 1))].allowed_ips
+    assert pod_cidr(2) in kernel.wireguard["meshwire_wg1"].peers[public(secret("c", 1))].networks
 
 
 def test_what_others_put_on_the_node_is_left_alone() -> None:
@@ -534,7 +577,133 @@ def test_what_others_put_on_the_node_is_left_alone() -> None:
             assert "wg0" not in str(action)
 
 
+# Nodes without pod CIDR.
+
+WITHOUT = replace(
+    ON[1],
+    without=frozenset({1, 2, 3}),
+    pods=(("10.244.9.1", "a"), ("10.244.9.2", "b"), ("10.244.9.3", "c"), ("fd00::2", "b")),
+)
+
+
+def at(address: str) -> Address:
+    return ip_address(address)
+
+
+def test_single_addresses_are_reached_by_their_nodes_peers() -> None:
+    kernel = make_kernel()
+    converge(kernel, WITHOUT)
+    assert [kernel.egress(at(each)) for each in ("10.244.9.2", "10.244.9.3", "fd00::2")] == [
+        "meshwire_wg1"
+    ] * 3
+    peers = kernel.wireguard["meshwire_wg1"].peers
+    assert peers[public(secret("b", 1))].networks == {
+        ip_network("198.18.0.2"),
+        ip_network("10.244.9.2"),
+        ip_network("fd00::2"),
+    }
+    assert kernel.egress(at("10.244.9.99")) == "dropped", "nobody has told of it yet"
+    assert kernel.egress(at("10.244.9.1")) == "clear", "it is of this node"
+
+
+def test_one_pod_that_comes_touches_nothing_else() -> None:
+    kernel = make_kernel()
+    converge(kernel, WITHOUT)
+    kernel.shake_hands()
+    converge(kernel, WITHOUT)
+    assert WITHOUT.pods
+    todo = converge(kernel, replace(WITHOUT, pods=(*WITHOUT.pods, ("10.244.9.4", "b"))))
+    new = ip_address("10.244.9.4").packed
+    # The peer first: until then the address is unknown, and not in clear either.
+    told, written = todo
+    assert isinstance(told, plans.ConfigureDevice) and told.only_pods
+    assert [(peer.node, peer.pods, peer.gain, peer.endpoint) for peer in told.peers] == [
+        ("b", (new,), (), None)
+    ]
+    assert written == plans.WritePods(2, (new,))
+
+
+def test_one_pod_that_goes_touches_nothing_else() -> None:
+    kernel = make_kernel()
+    converge(kernel, WITHOUT)
+    assert WITHOUT.pods
+    gone = ip_address("10.244.9.2").packed
+    assert converge(kernel, replace(WITHOUT, pods=WITHOUT.pods[:1] + WITHOUT.pods[2:])) == (
+        plans.DeletePods((gone,)),
+        plans.ConfigureDevice(name="meshwire_wg1", release_pods=(gone,)),
+    )
+    assert kernel.egress(at("10.244.9.2")) == "dropped"
+
+
+@pytest.mark.parametrize(("before", "after"), ["bc", "ba", "ab", "b-", "-b", "cb"])
+def test_an_address_that_is_used_again_elsewhere_moves(before: str, after: str) -> None:
+    """`-`: a node that has no MeshNode yet."""
+    kernel = make_kernel()
+    others = (("10.244.9.3", "c"), ("10.244.9.8", "b"))
+    start = replace(WITHOUT, pods=(*others, ("10.244.9.5", before)))
+    converge(kernel, start)
+    kernel.shake_hands()
+    converge(kernel, start)
+    moved = replace(WITHOUT, pods=(*others, ("10.244.9.5", after)))
+    for action in plans.plan(moved.desired(kernel), kernel.observe()):
+        kernel.apply(action)
+        assert [kernel.egress(at(address)) for address, _ in others] == ["meshwire_wg1"] * 2, str(action)
+        if isinstance(action, plans.ConfigureDevice):
+            assert action.only_pods
+    converge(kernel, moved)
+    assert kernel.egress(at("10.244.9.5")) == {"-": "dropped", "a": "clear"}.get(after, "meshwire_wg1")
+
+
+def test_what_is_not_known_yet_leaves_what_is_there() -> None:
+    """An agent that has just started, and an API server that is away."""
+    kernel = make_kernel()
+    converge(kernel, WITHOUT)
+    assert converge(kernel, replace(WITHOUT, pods=None)) == ()
+    assert kernel.egress(at("10.244.9.2")) == "meshwire_wg1"
+
+
+def test_nobody_begins_to_encrypt_before_pods_are_known() -> None:
+    kernel = make_kernel()
+    begin = replace(WITHOUT, phase=Phase.ENABLING, pods=None)
+    converge(kernel, begin)
+    assert not kernel.wireguard and not kernel.loaded
+    assert [problem.reason for problem in begin.desired(kernel).problems] == ["WaitingForEndpoints"]
+    converge(kernel, replace(begin, pods=WITHOUT.pods))
+    assert kernel.wireguard["meshwire_wg1"].peers[public(secret("b", 1))].singles >= {
+        ip_address("10.244.9.2").packed
+    }
+
+
+def test_turning_on_and_off_loses_nothing_of_single_addresses() -> None:
+    kernel = make_kernel()
+    for cluster in [*ON, Cluster(Phase.OFF, 1)]:
+        cluster = replace(cluster, without=WITHOUT.without, pods=WITHOUT.pods)
+        for _ in range(2):
+            for action in plans.plan(cluster.desired(kernel), kernel.observe()):
+                kernel.apply(action)
+                assert kernel.egress(at("10.244.9.2")) in {"clear", "meshwire_wg1"}, str(action)
+            kernel.shake_hands()
+
+
+def test_where_no_cluster_cidr_covers_new_pods_it_is_said() -> None:
+    kernel = make_kernel()
+    open_end = replace(WITHOUT, cluster_cidr=False)
+    converge(kernel, open_end)
+    assert kernel.egress(at("10.244.9.99")) == "clear"
+    [problem] = open_end.desired(kernel).problems
+    assert (problem.reason, problem.blocking) == ("ClusterCIDRMissing", True)
+    assert "IPv4 or IPv6" in problem.message and "spec.network.clusterCIDRs" in problem.message
+    # The cluster CIDR is one of IPv4.
+    [problem] = WITHOUT.desired(kernel).problems
+    assert "IPv6" in problem.message and "IPv4" not in problem.message
+    only_v4 = replace(WITHOUT, pods=(("10.244.9.2", "b"),))
+    assert not only_v4.desired(kernel).problems
+
+
 # Any order of events, any interruption, any damage.
+
+ADDRESSES = ("10.244.9.1", "10.244.9.2", "10.244.2.7", "198.18.0.3", "fd00::1")
+"""Of pods; among them one in a CIDR, and one that is a node's own."""
 
 clusters = st.builds(
     Cluster,
@@ -548,6 +717,11 @@ clusters = st.builds(
     ).map(tuple),
     own_key=st.booleans(),
     cluster_cidr=st.booleans(),
+    without=st.frozensets(st.integers(1, 5)),
+    pods=st.none()
+    | st.lists(
+        st.tuples(st.sampled_from(ADDRESSES), st.sampled_from("abcdef")), unique_by=lambda pod: pod[0]
+    ).map(tuple),
 )
 damages = st.sampled_from(["nothing", "device", "filters", "addresses", "nodes", "unpinned", "down"])
 
@@ -584,6 +758,22 @@ def test_interrupted_anywhere_it_converges_from_there(history: list[tuple[Cluste
     converge(kernel, history[-1][0])
 
 
+def destinations() -> list[Address]:
+    return [*(pod(number) for number in range(2, 8)), *map(at, ADDRESSES)]
+
+
+def is_guarded_by(wanted: Desired, destination: Address) -> bool:
+    """It is a pod's of another node, as far as anybody knows."""
+    assert wanted.settings
+    own = wanted.settings.local_node
+    for number, some in (wanted.pods or {}).items():
+        if destination.packed in some:
+            return number != own
+    found = [network for network in wanted.addresses if destination in network]
+    entry = wanted.addresses[max(found, key=lambda network: network.prefixlen)] if found else None
+    return entry is not None and entry.node != own
+
+
 @settings(max_examples=300, deadline=None)
 @given(clusters, clusters, st.integers(0, 20), st.booleans())
 def test_what_is_guarded_is_never_in_clear_on_the_way(
@@ -591,27 +781,22 @@ def test_what_is_guarded_is_never_in_clear_on_the_way(
 ) -> None:
     """From one strict state to another, whatever differs between them, interrupted once."""
     before = replace(before, phase=Phase.ENFORCING, mode=Mode.STRICT)
-    after = replace(after, phase=Phase.ENFORCING, mode=Mode.STRICT)
+    after = replace(after, phase=Phase.ENFORCING, mode=Mode.STRICT, pods=after.pods or ())
     kernel = make_kernel()
     converge(kernel, before)
     wanted = after.desired(kernel)
-    guarded = [
-        number
-        for number in range(2, 8)
-        if kernel.egress(pod(number)) != "clear"
-        and any(pod(number) in network for network in wanted.addresses)
-    ]
+    known = [each for each in destinations() if is_guarded_by(wanted, each)]
+    guarded = [each for each in known if kernel.egress(each) != "clear"]
     first = plans.plan(wanted, kernel.observe())[:stop_after]
     for action in first:
         kernel.apply(action)
-        assert all(kernel.egress(pod(number)) != "clear" for number in guarded), str(action)
+        assert all(kernel.egress(each) != "clear" for each in guarded), str(action)
     if broken:
         damage(kernel, "device")
     for action in plans.plan(after.desired(kernel), kernel.observe()):
         kernel.apply(action)
-        assert all(kernel.egress(pod(number)) != "clear" for number in guarded), str(action)
-    known = [number for number in range(2, 8) if any(pod(number) in network for network in wanted.addresses)]
-    assert all(kernel.egress(pod(number)) != "clear" for number in known)
+        assert all(kernel.egress(each) != "clear" for each in guarded), str(action)
+    assert all(kernel.egress(each) != "clear" for each in known)
 
 
 @settings(max_examples=200, deadline=None)
@@ -625,11 +810,26 @@ def test_a_peer_that_stays_is_reached_throughout(before: Cluster, after: Cluster
     stays = [
         number
         for name, number, has_key in before.others
-        if has_key and (name, number, has_key) in after.others
+        if has_key
+        and (name, number, has_key) in after.others
+        and number not in before.without | after.without
+    ]
+    single = set(before.pods or ()) & set(after.pods or ())
+    there = [
+        at(address)
+        for name, number, has_key in before.others
+        for address, node in single
+        if (name, number, has_key) in after.others
+        and has_key
+        and node == name
+        and number in before.without & after.without
+        and kernel.egress(at(address)) == "meshwire_wg1"
+        and after.desired(kernel).pods.get(number, frozenset()) >= {at(address).packed}  # type: ignore[union-attr]
     ]
     for action in plans.plan(after.desired(kernel), kernel.observe()):
         kernel.apply(action)
         assert all(kernel.egress(pod(number)) == "meshwire_wg1" for number in stays), str(action)
+        assert all(kernel.egress(each) == "meshwire_wg1" for each in there), str(action)
 
 
 @pytest.mark.parametrize("cluster", [*ON, Cluster(Phase.OFF, 1)], ids=lambda cluster: str(cluster.phase))

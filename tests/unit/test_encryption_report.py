@@ -103,6 +103,26 @@ def tell(
 
 
 STRICT = SettingsFlags.STRICT | SettingsFlags.ENFORCING
+UNCOVERED = Problem("ClusterCIDRMissing", "set them")
+WITHOUT_POD = (
+    Device(
+        name="meshwire_wg1",
+        epoch=1,
+        key=HeldKey(1, KEY, SecretKey(bytes(32))),
+        port=51872,
+        mtu=1420,
+        peers=(
+            Peer(
+                node="b",
+                public_key=OTHER,
+                endpoint=None,
+                allowed_ips=frozenset({NETWORK}),
+                keepalive=25,
+                pods=frozenset({b"\n\xf4\x02\x07"}),
+            ),
+        ),
+    ),
+)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +143,24 @@ STRICT = SettingsFlags.STRICT | SettingsFlags.ENFORCING
             False,
             "Ready",
         ),
+        # The drop is in force, and yet there are packets that it can't know to be pods'.
+        (
+            wanted(Phase.ENFORCING, STRICT, problems=(UNCOVERED,)),
+            seen(STRICT),
+            (1, 1),
+            False,
+            "ClusterCIDRMissing",
+        ),
+        # While turning off it counts that nothing is dropped any more.
+        (
+            wanted(Phase.DISABLING, problems=(replace(UNCOVERED, blocking=False),)),
+            seen(STRICT),
+            (1, 1),
+            True,
+            "Ready",
+        ),
+        # A peer lacks one pod's address.
+        (wanted(Phase.ENFORCING, STRICT, devices=WITHOUT_POD), seen(STRICT), (0, 0), True, "Preparing"),
         (wanted(Phase.DISABLING), seen(), (1, 1), False, "Ready"),
         (wanted(Phase.DRAINING), seen(), (1, 1), False, "Preparing"),
         (wanted(Phase.DRAINING), seen(moved=False), (1, 1), False, "Preparing"),

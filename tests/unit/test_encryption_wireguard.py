@@ -6,6 +6,7 @@ import base64
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ CHANGED = PeerChange(
 REMOVED = PeerChange(public_key=key(3), remove=True)
 
 
-def decode(attributes: wireguard.Attributes) -> Any:
-    """Through the wire format and back, as the kernel would read it."""
+def decode(attributes: wireguard.Attributes, reader: Any = wgmsg) -> Any:
+    """Through the wire format and back, as the kernel would read it, or as we do (`wireguard.Reply`)."""
     message = wgmsg()
     message["attrs"] = attributes
     message.encode()
-    decoded = wgmsg(message.data)
+    decoded = reader(message.data)
     decoded.decode()
     return decoded
 
@@ -110,6 +111,34 @@ def test_netlink_releases_a_network_by_a_stand_in_that_goes_at_once() -> None:
     assert leaver.get_attr("WGPEER_A_FLAGS") == WGPEER_F_REMOVE_ME
 
 
+def test_netlink_cuts_many_pods_of_one_peer_into_messages_that_fit() -> None:
+    gained = tuple((0x0A000000 + n).to_bytes(4) for n in range(3000))
+    released = tuple(((0xFD << 120) + n).to_bytes(16) for n in range(3000))
+    peer = replace(ADDED, pods=gained)
+    change = ConfigureDevice(name="meshwire_wg1", peers=(peer,), release_pods=released)
+    told: dict[str, list[str]] = {}
+    removed = []
+    for attributes in wireguard.format_change(change):
+        message = wgmsg()
+        message["attrs"] = attributes
+        message.encode()
+        assert len(message.data) < 65536
+        for part in peers_of(decode(attributes)):
+            name = part.get_attr("WGPEER_A_PUBLIC_KEY").decode()
+            told.setdefault(name, []).extend(
+                each["addr"] for each in part.get_attr("WGPEER_A_ALLOWEDIPS") or ()
+            )
+            if part.get_attr("WGPEER_A_FLAGS") == WGPEER_F_REMOVE_ME:
+                removed.append(name)
+    assert told.pop(ADDED.public_key) == [
+        *map(str, ADDED.gain),
+        *(f"{ip_address(each)}/32" for each in gained),
+    ]
+    [(stand_in, taken)] = told.items()
+    assert taken == [f"{ip_address(each)}/128" for each in released]
+    assert removed == [stand_in]
+
+
 def test_netlink_merges_a_peer_that_a_dump_cut_in_two() -> None:
     def part(*, first: bool, networks: list[str]) -> Any:
         peer: wireguard.Attributes = [["WGPEER_A_PUBLIC_KEY", key(1)]]
@@ -127,7 +156,7 @@ def test_netlink_merges_a_peer_that_a_dump_cut_in_two() -> None:
                 [
                     {
                         "attrs": [
-                            ["WGALLOWEDIP_A_FAMILY", socket.AF_INET],
+                            ["WGALLOWEDIP_A_FAMILY", socket.AF_INET6 if ":" in text else socket.AF_INET],
                             ["WGALLOWEDIP_A_IPADDR", ip_network(text).network_address.packed],
                             ["WGALLOWEDIP_A_CIDR_MASK", ip_network(text).prefixlen],
                         ]
@@ -137,9 +166,12 @@ def test_netlink_merges_a_peer_that_a_dump_cut_in_two() -> None:
             ]
         )
         head: wireguard.Attributes = [["WGDEVICE_A_PUBLIC_KEY", key(9)], ["WGDEVICE_A_LISTEN_PORT", 51872]]
-        return decode([*(head if first else []), ["WGDEVICE_A_PEERS", [{"attrs": peer}]]])
+        return decode([*(head if first else []), ["WGDEVICE_A_PEERS", [{"attrs": peer}]]], wireguard.Reply)
 
-    messages = [part(first=True, networks=["10.1.0.0/24"]), part(first=False, networks=["10.2.0.0/24"])]
+    messages = [
+        part(first=True, networks=["10.1.0.0/24", "fd00::7/128"]),
+        part(first=False, networks=["10.2.0.0/24", "10.3.0.1/32"]),
+    ]
     assert wireguard.parse_device("meshwire_wg1", messages) == DeviceState(
         name="meshwire_wg1",
         public_key=key(9),
@@ -149,6 +181,7 @@ def test_netlink_merges_a_peer_that_a_dump_cut_in_two() -> None:
                 public_key=key(1),
                 endpoint=Endpoint(ip_address("198.18.0.2"), 51872),
                 allowed_ips=frozenset({ip_network("10.1.0.0/24"), ip_network("10.2.0.0/24")}),
+                singles=frozenset({ip_address("fd00::7").packed, ip_address("10.3.0.1").packed}),
                 keepalive=25,
                 handshake=12.5,
                 received=7,
@@ -203,6 +236,9 @@ def test_uapi_answers_are_read_back() -> None:
             "persistent_keepalive_interval=25",
             "allowed_ip=10.1.0.0/24",
             "allowed_ip=fd00::/64",
+            "allowed_ip=10.3.0.1/32",
+            "allowed_ip=fd00::/32",
+            "allowed_ip=fd00::7/128",
             f"public_key={'02' * 32}",
             "last_handshake_time_sec=0",
             "errno=0",
@@ -210,13 +246,14 @@ def test_uapi_answers_are_read_back() -> None:
             "",
         ]
     )
-    state = uapi.parse_device("meshwire_wg1", answer)
+    state = uapi.parse_device("meshwire_wg1", answer.splitlines())
     assert (state.public_key, state.port) == (public_key(SECRET), 51872)
     assert state.peers == {
         key(1): PeerState(
             public_key=key(1),
             endpoint=Endpoint(ip_address("fd00::2"), 51872),
-            allowed_ips=frozenset({ip_network("10.1.0.0/24"), ip_network("fd00::/64")}),
+            allowed_ips=frozenset(map(ip_network, ("10.1.0.0/24", "fd00::/64", "fd00::/32"))),
+            singles=frozenset({ip_address("fd00::7").packed, ip_address("10.3.0.1").packed}),
             keepalive=25,
             handshake=12.5,
             received=7,
@@ -229,7 +266,7 @@ def test_uapi_answers_are_read_back() -> None:
 
 @pytest.mark.parametrize("answer", [f"private_key={'00' * 32}\nlisten_port=1\nerrno=0\n\n", "errno=0\n\n"])
 def test_uapi_a_device_without_a_key_has_no_public_key(answer: str) -> None:
-    assert uapi.parse_device("meshwire_wg1", answer).public_key == ""
+    assert uapi.parse_device("meshwire_wg1", answer.splitlines()).public_key == ""
 
 
 @pytest.fixture

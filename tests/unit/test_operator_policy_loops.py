@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from meshwire.api import names
-from meshwire.api.meshconfig import MeshConfig, PolicySettings
-from meshwire.api.meshnode import MeshNode
+from meshwire.api.meshconfig import Encryption, MeshConfig, PolicySettings
+from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.kube.client import ApiError, Client
 from meshwire.operator import policyloop, policystatus, policyworld, rounds
 from meshwire.operator.metrics import Metrics
@@ -133,16 +133,22 @@ class Cluster:
         self.server.put("/api/v1/namespaces/shop", {"metadata": {"name": "shop", "labels": {"team": "x"}}})
         self.configure(True)
 
-    def configure(self, enabled: bool) -> None:
-        config = MeshConfig(policy=PolicySettings(enabled=enabled))
+    def configure(
+        self, enabled: bool, *, encrypted: bool = False, phase: Phase = Phase.OFF, live: bool = True
+    ) -> None:
+        """`enabled`: policy. Node `a` has no pod CIDR."""
+        config = MeshConfig(policy=PolicySettings(enabled=enabled), encryption=Encryption(enabled=encrypted))
         self.watched = Watched(
-            nodes={"a": Node(name="a", uid="node-a", live=True)},
-            mesh_nodes={"a": MeshNode(name="a", owner="node-a")},
+            nodes={"a": Node(name="a", uid="node-a", live=live)},
+            mesh_nodes={"a": MeshNode(name="a", owner="node-a", spec=Spec(phase=phase))},
             configs={"default": Config(uid="c", resource_version="1", generation=1, config=config)},
         )
         self.server.put(
             f"{MESH}/{names.MESHCONFIGS}/default",
-            {"metadata": {"name": "default"}, "spec": {"policy": {"enabled": enabled}}},
+            {
+                "metadata": {"name": "default"},
+                "spec": {"policy": {"enabled": enabled}, "encryption": {"enabled": encrypted}},
+            },
         )
         self.world.mesh_changed.set()
 
@@ -296,3 +302,51 @@ async def test_a_change_after_a_rest_is_looked_at_without_delay(monkeypatch: pyt
         assert loop.debounce == policyloop.SHARE * 4 - 5
         clock.now += 5
         assert loop.debounce == least
+
+
+async def test_encryption_has_pods_published_where_nodes_have_no_cidr(cluster: Cluster) -> None:
+    changes: list[bool] = []
+    cluster.endpoints.published_changed = lambda: changes.append(cluster.endpoints.published.complete)
+    cluster.configure(False)
+    cluster.add_pod("one", "10.0.0.1", app="web")
+    await asyncio.sleep(0.1)
+    assert not cluster.endpoints_of() and not cluster.endpoints.published.complete
+    cluster.configure(False, encrypted=True)
+    await cluster.until(lambda: cluster.endpoints.published.complete)
+    assert "one" in cluster.endpoints_of() and changes[-1]
+    assert cluster.endpoints.published.families == {4}
+    assert not cluster.server.of(names.MESHPOLICYREPORTS), "nobody judges by policies"
+
+    # It goes on while the nodes are being led out of the tunnels, and whether kubelet is well or not.
+    cluster.configure(False, phase=Phase.DRAINING, live=False)
+    cluster.add_pod("two", "10.0.0.2", app="web")
+    await cluster.until(lambda: "two" in cluster.endpoints_of())
+
+    cluster.configure(True, phase=Phase.DRAINING)
+    await cluster.until(lambda: bool(cluster.server.of(names.MESHPOLICYREPORTS)))
+    cluster.configure(False, phase=Phase.DRAINING)
+    await cluster.until(lambda: not cluster.server.of(names.MESHPOLICYREPORTS))
+    assert "one" in cluster.endpoints_of()
+
+    cluster.configure(False)
+    await cluster.until(lambda: not cluster.server.of(names.MESHENDPOINTSLICES))
+    await cluster.until(lambda: not cluster.server.of(names.MESHIDENTITIES))
+    await cluster.until(lambda: not cluster.endpoints.published.complete)
+
+
+async def test_a_node_that_has_just_joined_may_be_given_its_cidr_in_a_moment(cluster: Cluster) -> None:
+    cluster.configure(False, encrypted=True, live=False)
+    cluster.add_pod("one", "10.0.0.1", app="web")
+    await asyncio.sleep(0.2)
+    assert not cluster.endpoints_of()
+
+
+async def test_who_knows_no_nodes_yet_deletes_no_endpoints(cluster: Cluster) -> None:
+    cluster.configure(False, encrypted=True)
+    cluster.add_pod("one", "10.0.0.1", app="web")
+    await cluster.until(lambda: "one" in cluster.endpoints_of())
+    cluster.watched = Watched()
+    cluster.world.mesh_changed.set()
+    cluster.endpoints.wake()
+    await asyncio.sleep(0.2)
+    assert "one" in cluster.endpoints_of()

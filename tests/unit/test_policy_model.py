@@ -303,6 +303,17 @@ def test_a_pod_of_this_node_is_nobody_until_it_is_known_here(model: Model) -> No
     assert model.identities.desired == {packed("10.1.1.5"): 300}
 
 
+def test_without_pod_cidr_a_pod_of_this_node_is_told_by_its_slice(model: Model) -> None:
+    model.set_surroundings(Surroundings(shared=(ip_network("10.1.0.0/16"),), node="a"))
+    here = replace(remote(300, "10.1.1.5", "web"), node="a")
+    model.put_slice(compact(MeshEndpointSlice(name="s", endpoints=(here, remote(301, "10.1.1.6", "b")))))
+    assert model.identities.desired == {packed("10.1.1.6"): 301}
+    # Who is in no map may be a pod of this node that nothing guards yet.
+    assert model.cidrs.desired == {ip_network("10.1.0.0/16"): (0, CidrFlag.CLUSTER | CidrFlag.LOCAL)}
+    add(model, pod("web"))
+    assert model.identities.desired.keys() == {packed("10.1.1.5"), packed("10.1.1.6")}
+
+
 def test_a_pod_that_moves_to_another_slice_stays_known(model: Model) -> None:
     """The operator writes it there first, and takes it out of the old one then."""
     moving = Endpoint(

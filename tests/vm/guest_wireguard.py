@@ -65,7 +65,7 @@ def test_a_thousand_peers_in_one_go_are_all_there(wireguard: KernelWireGuard) ->
     assert (device.public_key, device.port, len(device.peers)) == (public_key(secret), 51871, PEERS)
     for peer in peers:
         found = device.peers[peer.public_key]
-        assert found.allowed_ips == frozenset(peer.gain)
+        assert found.networks == frozenset(peer.gain)
         assert (found.endpoint, found.keepalive, found.handshake) == (peer.endpoint, 25, 0)
 
     fewer = tuple(replace(peer, remove=True) for peer in peers[1:])
@@ -85,9 +85,37 @@ def test_a_network_moves_or_goes_without_touching_the_others(wireguard: KernelWi
     wireguard.configure(ConfigureDevice(name=DEVICE, peers=(moved,), release=other.gain[1:2]))
     peers = wireguard.observe(DEVICE).peers
     assert set(peers) == {one.public_key, other.public_key}
-    assert peers[one.public_key].allowed_ips == set(one.gain[1:])
-    assert peers[other.public_key].allowed_ips == {other.gain[0], other.gain[2], one.gain[0]}
+    assert peers[one.public_key].networks == set(one.gain[1:])
+    assert peers[other.public_key].networks == {other.gain[0], other.gain[2], one.gain[0]}
     assert peers[other.public_key].endpoint == other.endpoint
+
+
+def test_thousands_of_single_addresses_of_one_peer_are_all_there(wireguard: KernelWireGuard) -> None:
+    one, other = make_peer(1), make_peer(2)
+    pods = [(0x0B000000 + number).to_bytes(4) for number in range(5000)]
+    pods += [((0xFD02 << 112) + number).to_bytes(16) for number in range(5000)]
+    start = ConfigureDevice(
+        name=DEVICE,
+        private_key=SecretKey(os.urandom(32)),
+        port=51871,
+        peers=(replace(one, pods=tuple(pods)), other),
+    )
+    wireguard.configure(start)
+
+    def singles() -> tuple[frozenset[bytes], frozenset[bytes]]:
+        peers = wireguard.observe(DEVICE).peers
+        host = frozenset(each.gain[2].network_address.packed for each in (one, other))
+        return peers[one.public_key].singles - host, peers[other.public_key].singles - host
+
+    assert singles() == (frozenset(pods), frozenset())
+    moved = PeerChange(public_key=other.public_key, keepalive=25, pods=tuple(pods[:3000]))
+    wireguard.configure(ConfigureDevice(name=DEVICE, peers=(moved,)))
+    assert singles() == (frozenset(pods[3000:]), frozenset(pods[:3000]))
+    wireguard.configure(ConfigureDevice(name=DEVICE, release_pods=tuple(pods[2000:4000])))
+    assert singles() == (frozenset(pods[4000:]), frozenset(pods[:2000]))
+    peers = wireguard.observe(DEVICE).peers
+    assert set(peers) == {one.public_key, other.public_key}, "the stand-in is gone"
+    assert {each.endpoint for each in peers.values()} == {one.endpoint, other.endpoint}
 
 
 def test_many_nodes_become_a_datapath_that_needs_nothing_more() -> None:

@@ -39,6 +39,15 @@ def prefix_of(network: Network) -> layouts.Prefix:
     )
 
 
+def single_of(address: bytes) -> layouts.Prefix:
+    """The prefix of one packed address."""
+    return layouts.Prefix(
+        prefixlen=FAMILY_BITS + 8 * len(address),
+        family=Family.IPV4 if len(address) == 4 else Family.IPV6,
+        addr=(ctypes.c_uint8 * 16)(*address),
+    )
+
+
 def network_of(prefix: layouts.Prefix) -> Network:
     length = prefix.prefixlen - FAMILY_BITS
     address = bytes(prefix.addr)
@@ -103,6 +112,14 @@ def items(
     fd: int, key_type: type[Any], value_type: type[Any], batch: int = BATCH
 ) -> Iterator[tuple[Any, Any]]:
     """Everything in a map, with few system calls; ctypes hands simple types over as Python values."""
+    for keys, values, count in batches(fd, key_type, value_type, batch):
+        yield from zip(keys[:count], values[:count], strict=True)
+
+
+def batches(
+    fd: int, key_type: type[Any], value_type: type[Any], batch: int = BATCH
+) -> Iterator[tuple[Any, Any, int]]:
+    """The same as arrays, of which so many elements count. They are used again for what follows."""
     keys, values = (key_type * batch)(), (value_type * batch)()
     position: object = None
     while True:
@@ -112,11 +129,11 @@ def items(
         )
         # LPM tries learned batches in 5.13, others may never.
         if result == -_ENOTSUPP and position is None:
-            yield from _items_one_by_one(fd, key_type, value_type)
+            yield from _one_by_one(fd, key_type, value_type)
             return
         if result != -errno.ENOENT:
             check(result, "reading a map")
-        yield from zip(keys[: count.value], values[: count.value], strict=True)
+        yield keys, values, count.value
         if result == -errno.ENOENT:
             return
         position = byref(following)
@@ -143,7 +160,7 @@ def raw_items(fd: int, key_size: int, value_size: int, batch: int = BATCH) -> It
         position = byref(c_uint32(following.value))
 
 
-def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any]]:
+def _one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> Iterator[tuple[Any, Any, int]]:
     keys, values = (key_type * 1)(), (value_type * 1)()
     position: object = None
     while (result := library().bpf_map_get_next_key(fd, position, byref(keys))) != -errno.ENOENT:
@@ -152,4 +169,4 @@ def _items_one_by_one(fd: int, key_type: type[Any], value_type: type[Any]) -> It
         # Only we write, but a key that went away meanwhile is no reason to fail.
         if (found := library().bpf_map_lookup_elem(fd, byref(keys), byref(values))) != -errno.ENOENT:
             check(found, "reading a map")
-            yield keys[0], values[0]
+            yield keys, values, 1

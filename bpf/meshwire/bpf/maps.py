@@ -3,17 +3,31 @@ them."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 from ctypes import byref, c_uint32
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Final
 
 from meshwire.bpf import layouts
 from meshwire.bpf._elements import Network as Network
-from meshwire.bpf._elements import delete, items, network_of, open_pinned, prefix_of, update
+from meshwire.bpf._elements import (
+    batches,
+    delete,
+    delete_many,
+    items,
+    network_of,
+    open_pinned,
+    prefix_of,
+    single_of,
+    update,
+    update_many,
+)
 from meshwire.bpf._libbpf import check, library
-from meshwire.bpf.layouts import AddressFlag, Direction, Reason, SettingsFlag
+from meshwire.bpf.layouts import FAMILY_BITS, AddressFlag, Direction, Family, Reason, SettingsFlag
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,24 @@ class Counter:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """All of the ipcache. `singles` are entries of single addresses that are nothing but a pod's, or
+    somewhere in the cluster: packed, by node number and flags. There may be as many as the cluster has
+    pods."""
+
+    prefixes: dict[Network, AddressEntry]
+    singles: dict[tuple[int, AddressFlag], set[bytes]]
+
+
+_SINGLES: Final = frozenset({int(AddressFlag.POD), int(AddressFlag.CLUSTER)})
+_SINGLE_BITS: Final = {int(Family.IPV4): FAMILY_BITS + 32, int(Family.IPV6): FAMILY_BITS + 128}
+_PREFIX: Final = struct.Struct("=IB3x16s")
+"""As layouts.Prefix."""
+_ADDRESS: Final = struct.Struct("=IHH")
+"""As layouts.Address."""
+
+
 class Ipcache:
     """Address prefix -> AddressEntry. All methods raise OSError."""
 
@@ -51,6 +83,38 @@ class Ipcache:
             network_of(key): AddressEntry(value.identity, value.node, AddressFlag(value.flags))
             for key, value in items(self._fd, layouts.Prefix, layouts.Address)
         }
+
+    def read_compact(self) -> Addresses:
+        prefixes: dict[Network, AddressEntry] = {}
+        singles: dict[tuple[int, int], set[bytes]] = {}
+        for keys, values, count in batches(self._fd, layouts.Prefix, layouts.Address):
+            # Not by ctypes' fields: they take six times as long.
+            elements = zip(
+                _PREFIX.iter_unpack(memoryview(keys).cast("B")[: count * _PREFIX.size]),
+                _ADDRESS.iter_unpack(memoryview(values).cast("B")[: count * _ADDRESS.size]),
+                range(count),
+                strict=True,
+            )
+            for (length, family, address), (identity, node, flags), number in elements:
+                if flags in _SINGLES and not identity and length == _SINGLE_BITS[family]:
+                    single = address[:4] if family == Family.IPV4 else address
+                    singles.setdefault((node, flags), set()).add(single)
+                else:
+                    prefixes[network_of(keys[number])] = AddressEntry(identity, node, AddressFlag(flags))
+        return Addresses(
+            prefixes, {(node, AddressFlag(flags)): each for (node, flags), each in singles.items()}
+        )
+
+    def update_singles(self, addresses: Sequence[bytes], entry: AddressEntry) -> None:
+        """The same entry for each of these addresses (packed)."""
+        value = layouts.Address(identity=entry.identity, node=entry.node, flags=entry.flags)
+        update_many(
+            self._fd, [(single_of(each), value) for each in addresses], "writing addresses to ipcache"
+        )
+
+    def delete_singles(self, addresses: Sequence[bytes]) -> None:
+        """Ones that aren't there are no error."""
+        delete_many(self._fd, [single_of(each) for each in addresses], "deleting addresses from ipcache")
 
     def update(self, network: Network, entry: AddressEntry) -> None:
         """Adds or replaces in one step: a packet sees the old entry or the new one."""

@@ -145,11 +145,13 @@ async def watch_forever(
             loop.add_signal_handler(number, stop.set)
         watch = Watch(settings.node, cluster, client, follow)
         complete = asyncio.create_task(watch.complete(), name="complete")
+        pods = asyncio.create_task(watch.follow_pods(), name="pods")
         try:
             if missing := await missing_kinds(client, KINDS):
                 problem = f"the API server knows no {', '.join(sorted(missing))}: apply the CRDs"
             else:
                 complete.add_done_callback(_tell)
+                pods.add_done_callback(_tell)
                 await kopf.operator(registry=watch.registry, settings=make_settings(), clusterwide=True)
                 # It returns when a signal came.
                 return
@@ -157,6 +159,7 @@ async def watch_forever(
             problem = describe(error)
         finally:
             complete.cancel()
+            pods.cancel()
         if problem != complaint:
             log.warning("can't watch the API server, the node stays as it is: %s", problem)
             complaint = problem

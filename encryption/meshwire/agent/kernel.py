@@ -18,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import userspace
 from meshwire.agent.settings import Settings
+from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Userspace
 from meshwire.api.meshnode import Implementation
 from meshwire.bpf import layouts, loader, tc
@@ -39,8 +40,11 @@ from meshwire.encryption.model import (
     Observed,
     SettingsFlags,
     device_sysctls,
+    pod_entry,
+    single_network,
 )
 from meshwire.encryption.model import Settings as DatapathSettings
+from meshwire.encryption.plan import after_change, after_pods
 from meshwire.encryption.wireguard import KernelWireGuard, WireGuard
 
 log = logging.getLogger("meshwire.agent")
@@ -64,7 +68,28 @@ class Part(enum.Flag):
     """Links, addresses, routes, filters, sysctls."""
     WIREGUARD = enum.auto()
     MAPS = enum.auto()
-    ALL = NETWORK | WIREGUARD | MAPS
+    """All but addresses."""
+    ADDRESSES = enum.auto()
+    ALL = NETWORK | WIREGUARD | MAPS | ADDRESSES
+
+
+class _Known:
+    """Addresses of pods that are in memory already: what the kernel has of them need not be there again."""
+
+    def __init__(self, pods: Iterable[frozenset[bytes]]) -> None:
+        self._sets = {each: each for each in pods}
+        self._addresses = {address: address for each in self._sets for address in each}
+
+    def share_pods(self, pods: Mapping[int, frozenset[bytes]]) -> dict[int, frozenset[bytes]]:
+        """Sets that are known are the same objects: see meshwire.encryption.pods."""
+        return {node: self._sets.get(each) or self._share(each) for node, each in pods.items()}
+
+    def share_device(self, state: DeviceState) -> DeviceState:
+        peers = {key: replace(peer, singles=self._share(peer.singles)) for key, peer in state.peers.items()}
+        return replace(state, peers=peers)
+
+    def _share(self, addresses: frozenset[bytes]) -> frozenset[bytes]:
+        return frozenset(self._addresses.get(each, each) for each in addresses)
 
 
 @dataclass(slots=True)
@@ -109,9 +134,13 @@ class Kernel:
             self._socket = IPRoute()
         return self._socket
 
-    def observe(self, mode: Userspace, fresh: Part = Part.ALL) -> Observed:
-        """What is `fresh`, or was changed by `apply` since, is read; the rest is as it was read last."""
+    def observe(
+        self, mode: Userspace, fresh: Part = Part.ALL, pods: Iterable[frozenset[bytes]] = ()
+    ) -> Observed:
+        """What is `fresh`, or was changed by `apply` since, is read; the rest is as it was read last. `pods`
+        are sets of addresses that are in memory anyway."""
         stale, seen = fresh | self._stale, self._seen
+        known: _Known | None = None
         if Part.NETWORK in stale:
             links = netlink.observe_links(self._ipr)
             if any(_index(links, name) != _index(seen.links, name) for name in DEVICES):
@@ -130,11 +159,16 @@ class Kernel:
             devices = {
                 name: self._observe_device(seen.links[name]) for name in DEVICES if name in seen.links
             }
+            known = known or _Known(pods)
+            devices = {name: known.share_device(device) for name, device in devices.items()}
             seen = replace(seen, wireguard=devices)
-        if Part.MAPS in stale:
-            seen = replace(
-                seen, datapath=self._observe_datapath(), pinned=self._settings.pin_directory.exists()
-            )
+        if stale & (Part.MAPS | Part.ADDRESSES):
+            before = None if Part.ADDRESSES in stale else seen.datapath
+            datapath = self._observe_datapath(before)
+            if datapath and not before:
+                known = known or _Known(pods)
+                datapath = replace(datapath, pods=known.share_pods(datapath.pods))
+            seen = replace(seen, datapath=datapath, pinned=self._settings.pin_directory.exists())
         self._seen, self._stale = seen, Part.NONE
         self._chosen = self._implementation(mode, seen.links)
         return replace(seen, endpoints=dict(self._endpoints), implementation=self._chosen, now=time.time())
@@ -144,7 +178,15 @@ class Kernel:
         return self._loaded.maps.metrics.read() if self._loaded else {}
 
     def apply(self, action: plans.Action) -> None:
+        before = self._stale
         self._stale |= _touched(action)
+        self._apply(action)
+        if _is_remembered(action):
+            # Only where it fails has it to be read again.
+            self._stale = before
+            self._remember(action)
+
+    def _apply(self, action: plans.Action) -> None:
         match action:
             case plans.LoadDatapath():
                 self._load()
@@ -157,6 +199,13 @@ class Kernel:
             case plans.DeleteAddresses(networks):
                 for network in networks:
                     self._maps().ipcache.delete(network)
+            case plans.WritePods(node, addresses):
+                pod = pod_entry(node)
+                self._maps().ipcache.update_singles(
+                    addresses, MapAddress(pod.identity, pod.node, layouts.AddressFlag(pod.flags))
+                )
+            case plans.DeletePods(addresses):
+                self._maps().ipcache.delete_singles(addresses)
             case plans.WriteNodes(entries):
                 for number, device in entries:
                     self._maps().nodes.update(number, self._index(device) if device else 0)
@@ -195,6 +244,22 @@ class Kernel:
                 self._configure(action)
             case _:
                 assert_never(action)
+
+    def _remember(self, action: plans.Action) -> None:
+        """What is known of pods, brought up to date by what has been done: there are too many to read them
+        all again for each that comes or goes."""
+        datapath = self._seen.datapath
+        match action:
+            case plans.WritePods(node, addresses) if datapath:
+                pods = after_pods(datapath.pods, node, addresses)
+                self._seen = replace(self._seen, datapath=replace(datapath, pods=pods))
+            case plans.DeletePods(addresses) if datapath:
+                pods = after_pods(datapath.pods, None, addresses)
+                self._seen = replace(self._seen, datapath=replace(datapath, pods=pods))
+            case plans.ConfigureDevice():
+                if state := self._seen.wireguard.get(action.name):
+                    wireguard = {**self._seen.wireguard, action.name: after_change(state, action)}
+                    self._seen = replace(self._seen, wireguard=wireguard)
 
     def _index(self, name: str) -> int:
         if (index := netlink.find_index(self._ipr, name)) is None:
@@ -282,22 +347,42 @@ class Kernel:
             raise RuntimeError("the maps are not open")
         return self._loaded.maps
 
-    def _observe_datapath(self) -> Datapath | None:
+    def _observe_datapath(self, before: Datapath | None) -> Datapath | None:
+        """With the addresses as they were `before`, if given."""
         # Pins that somebody removed are no longer what the next agent would find: load anew.
         if self._loaded is None or not (self._settings.pin_directory / "ipcache").exists():
             return None
         maps = self._loaded.maps
         settings = maps.settings.read()
+        if before:
+            addresses, pods = before.addresses, before.pods
+        else:
+            addresses, pods = self._observe_addresses(maps)
         return Datapath(
-            addresses={
-                network: AddressEntry(entry.node, AddressFlags(entry.flags), entry.identity)
-                for network, entry in maps.ipcache.read().items()
-            },
+            addresses=addresses,
+            pods=pods,
             nodes=maps.nodes.read(),
             settings=DatapathSettings(
                 SettingsFlags(settings.flags), settings.local_node, settings.tunnel_mtu
             ),
         )
+
+    def _observe_addresses(
+        self, maps: Maps
+    ) -> tuple[Mapping[Network, AddressEntry], Mapping[int, frozenset[bytes]]]:
+        found = maps.ipcache.read_compact()
+        addresses = {
+            network: AddressEntry(entry.node, AddressFlags(entry.flags), entry.identity)
+            for network, entry in found.prefixes.items()
+        }
+        pods: dict[int, frozenset[bytes]] = {}
+        for (node, flags), singles in found.singles.items():
+            entry = AddressEntry(node, AddressFlags(flags))
+            if entry != pod_entry(node):
+                addresses |= dict.fromkeys(map(single_network, singles), entry)
+            else:
+                pods[node] = frozenset(singles)
+        return addresses, pods
 
     def _observe_hooked(self, links: Mapping[str, Link]) -> dict[int, str]:
         """Index -> name of the devices that have a clsact. One dump says where there can be filters at all:
@@ -337,13 +422,26 @@ def _index(links: Mapping[str, Link], name: str) -> int:
     return links[name].index if name in links else 0
 
 
+def _is_remembered(action: plans.Action) -> bool:
+    """What it does is known without looking again."""
+    match action:
+        case plans.WritePods() | plans.DeletePods():
+            return True
+        case plans.ConfigureDevice():
+            return action.only_pods
+        case _:
+            return False
+
+
 def _touched(action: plans.Action) -> Part:
     """What has to be looked at again after an action, done or failed."""
     match action:
         case plans.LoadDatapath() | plans.UnloadDatapath():
             # Which filters are up to date depends on what is loaded.
-            return Part.MAPS | Part.NETWORK
-        case plans.WriteAddresses() | plans.DeleteAddresses() | plans.WriteNodes() | plans.WriteSettings():
+            return Part.MAPS | Part.ADDRESSES | Part.NETWORK
+        case plans.WriteAddresses() | plans.DeleteAddresses() | plans.WritePods() | plans.DeletePods():
+            return Part.ADDRESSES
+        case plans.WriteNodes() | plans.WriteSettings():
             return Part.MAPS
         case plans.ConfigureDevice():
             return Part.WIREGUARD

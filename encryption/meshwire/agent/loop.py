@@ -101,7 +101,7 @@ def observe_and_plan(
     mode = (last_good or MeshConfig()).encryption.userspace
     if isinstance(world.config, MeshConfig):
         mode = world.config.encryption.userspace
-    observed = kernel.observe(mode, fresh)
+    observed = kernel.observe(mode, fresh, (world.pods or {}).values())
     config, problem = judge_config(world.config, last_good, observed.links)
     wanted = desired(
         Inputs(
@@ -112,6 +112,7 @@ def observe_and_plan(
             held=held,
             links=observed.links,
             routes=observed.routes,
+            pods=world.pods,
             implementation=observed.implementation,
             config_refused=problem is not None,
             in_place=observed.pinned,
@@ -187,7 +188,7 @@ class Agent:
                 continue
             if now >= resync:
                 self._stale, resync = Part.ALL, now + RESYNC
-            world = self._source() if self._source else World(members=self._guarded)
+            world = self._source() if self._source else World(members=self._guarded, pods=None)
             stale = self._stale
             if now < deadline and not stale and world == self._world:
                 continue

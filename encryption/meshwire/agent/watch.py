@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
@@ -15,9 +16,11 @@ import kopf
 from meshwire.api import names
 from meshwire.api.fields import InvalidSpec
 from meshwire.api.meshconfig import MeshConfig
-from meshwire.api.meshnode import MeshNode, Status
+from meshwire.api.meshnode import MeshNode, Phase, Status
 from meshwire.encryption.model import ClusterNode, Member
-from meshwire.kube.client import ApiError, Client, Cluster
+from meshwire.encryption.pods import PodAddresses, Pods
+from meshwire.kube.client import ApiError, Client, Cluster, Object
+from meshwire.kube.follow import follow
 from meshwire.kube.login import login
 
 log = logging.getLogger("meshwire.agent")
@@ -33,6 +36,9 @@ PATHS: Final = {
     names.MESHCONFIGS: f"/apis/{names.API_VERSION}/{names.MESHCONFIGS}",
     "nodes": "/api/v1/nodes",
 }
+SLICES: Final = f"/apis/{names.API_VERSION}/{names.MESHENDPOINTSLICES}"
+SLICES_PER_PAGE: Final = "20"
+"""A hundred pods each, which take a megabyte or two until they are parsed."""
 KINDS: Final = frozenset({names.MESHCONFIGS, names.MESHNODES})
 """Those that a cluster has only once the CRDs are applied."""
 
@@ -40,13 +46,15 @@ KINDS: Final = frozenset({names.MESHCONFIGS, names.MESHNODES})
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """All objects at one moment. `config` is None where there is no MeshConfig; `config_spec` is what was
-    parsed, to be kept on disk. `status` is what the API server has of this node's."""
+    parsed, to be kept on disk. `status` is what the API server has of this node's. `pods`: as in
+    meshwire.encryption.desired.Inputs."""
 
     members: Mapping[str, Member] = field(default_factory=dict)
     nodes: Mapping[str, ClusterNode] = field(default_factory=dict)
     config: MeshConfig | InvalidSpec | None = None
     config_spec: Mapping[str, Any] = field(default_factory=dict)
     status: Status | None = None
+    pods: Pods | None = field(default_factory=dict)
 
 
 def parse_member(body: Mapping[str, Any]) -> Member:
@@ -95,6 +103,18 @@ def parse_status(body: Mapping[str, Any]) -> Status:
         return MeshNode.from_object({"status": body.get("status") or {}}).status
     except InvalidSpec:
         return Status()
+
+
+def parse_slice(body: Object) -> tuple[str, list[tuple[str, tuple[bytes, ...]]]]:
+    """A MeshEndpointSlice's name, and of each pod its node and addresses. Nothing else of a pod is kept."""
+    return body["metadata"]["name"], [
+        (endpoint["node"], tuple(map(_packed, endpoint["addresses"])))
+        for endpoint in body["spec"]["endpoints"]
+    ]
+
+
+def _packed(address: str) -> bytes:
+    return socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +185,13 @@ class Store:
         self._missing[resource] = there - accounted
         self._deleted[resource].clear()
 
+    @property
+    def needs_pods(self) -> bool:
+        """Encryption is on, and there are nodes whose pods are in no CIDR."""
+        return any(
+            kept.value.spec.phase is not Phase.OFF for kept in self._objects[names.MESHNODES].values()
+        ) and any(not kept.value.pod_cidrs for kept in self._objects["nodes"].values())
+
     def snapshot(self) -> World:
         config = self._latest(names.MESHCONFIGS).get(names.CONFIG_NAME)
         members = self._latest(names.MESHNODES)
@@ -208,6 +235,9 @@ class Watch:
         self._store = Store(node)
         self._listed = asyncio.Event()
         self._started = False
+        self._needs_pods = asyncio.Event()
+        self._pods: PodAddresses | None = None
+        self._following: asyncio.Task[None] | None = None
         self.registry = make_registry(cluster, self._event)
 
     async def complete(self) -> None:
@@ -222,6 +252,43 @@ class Watch:
             self._listed.clear()
             await self._listed.wait()
             await asyncio.sleep(PRUNE_DELAY)
+
+    async def follow_pods(self) -> None:
+        """Follows MeshEndpointSlices while they are needed. For ever. Each time encryption is turned on they
+        are listed anew: the operator has published all pods before it gave the order."""
+        while True:
+            await self._needs_pods.wait()
+            self._following = asyncio.create_task(self._follow_pods(), name="watch pods")
+            try:
+                await self._following
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    self._following.cancel()
+                    raise
+            finally:
+                self._pods, self._following = None, None
+
+    async def _follow_pods(self) -> None:
+        known: set[str] = set()
+        pods = PodAddresses()
+        async for kind, slices in follow(self._client, SLICES, parse_slice, limit=SLICES_PER_PAGE):
+            there = {name for name, _ in slices}
+            for name in there if kind == "DELETED" else known - there if kind == "LISTED" else ():
+                known.discard(name)
+                pods.remove_slice(name)
+            if kind != "DELETED":
+                known |= there
+                for name, content in slices:
+                    pods.put_slice(name, content)
+                self._pods = pods
+            self._changed()
+
+    def _snapshot(self) -> World:
+        world = self._store.snapshot()
+        if not self._needs_pods.is_set():
+            return world
+        return replace(world, pods=self._pods.snapshot() if self._pods else None)
 
     async def _list(self, resources: Iterable[str]) -> None:
         for resource in resources:
@@ -247,9 +314,19 @@ class Watch:
 
     def _changed(self) -> None:
         if self._store.complete:
-            self._started = True
+            if self._store.needs_pods:
+                self._needs_pods.set()
+            elif self._needs_pods.is_set():
+                self._needs_pods.clear()
+                # The next order must not be carried out by what was known at the time of this one.
+                self._pods = None
+                if self._following:
+                    self._following.cancel()
+            # Who has just started has what the agent before knew in the kernel, and doesn't act on less.
+            if self._pods or not self._needs_pods.is_set():
+                self._started = True
         if self._started:
-            self._follow(self._store.snapshot)
+            self._follow(self._snapshot)
 
 
 def make_registry(

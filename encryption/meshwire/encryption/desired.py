@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Final, TypeVar
 
 from meshwire.api import names
 from meshwire.api.fields import Address, InvalidSpec, Network
-from meshwire.api.meshconfig import MeshConfig, Mode
+from meshwire.api.meshconfig import MeshConfig, Mode, missing_families
 from meshwire.api.meshnode import Implementation, Phase, Spec
 from meshwire.encryption.discovery import find_paths
 from meshwire.encryption.model import (
@@ -30,8 +31,12 @@ from meshwire.encryption.model import (
     Settings,
     SettingsFlags,
     host_network,
+    pod_entry,
+    single_address,
+    single_network,
     sorted_networks,
 )
+from meshwire.encryption.pods import Pods
 
 T = TypeVar("T")
 
@@ -41,6 +46,9 @@ MIN_MTU: Final = 1280
 """IPv6's smallest: a tunnel narrower than that would lose the family."""
 
 WIREGUARD_UNAVAILABLE: Final = "WireGuardUnavailable"
+
+SAMPLE: Final = 4
+"""Pods of a node without CIDR whose routes tell by which device its pods are reached."""
 
 _FLAGS: Final = {
     Phase.ENABLING: SettingsFlags.PASS_OVERSIZED,
@@ -53,7 +61,7 @@ _FLAGS: Final = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """All that `desired` depends on. `members` and `nodes` are by name; `held` is this node's keys by
-    epoch."""
+    epoch. `pods` None: there are nodes without pod CIDR, and their pods aren't known yet."""
 
     node: str
     members: Mapping[str, Member]
@@ -62,6 +70,7 @@ class Inputs:
     held: Mapping[int, HeldKey] = field(default_factory=dict)
     links: Mapping[str, Link] = field(default_factory=dict)
     routes: tuple[Route, ...] = ()
+    pods: Pods | None = field(default_factory=dict)
     implementation: Implementation = Implementation.KERNEL
     config_refused: bool = False
     """The newest MeshConfig can't be carried out here: a node that doesn't encrypt yet doesn't begin to."""
@@ -81,12 +90,15 @@ def desired(inputs: Inputs) -> Desired | None:
     phase, epoch = own.spec.phase, own.spec.epoch
     begins = phase is Phase.ENABLING and not inputs.in_place
     accepted, problems = _accept(inputs, own)
+    addresses = _addresses(inputs, own, accepted)
+    pods = _single_pods(inputs, accepted)
     paths = find_paths(
         inputs.links,
         inputs.routes,
         own_addresses=own.spec.addresses,
         remote=[
-            network for name, shares in accepted.items() if name != own.name for network in shares.networks
+            *(network for name, each in accepted.items() if name != own.name for network in each.networks),
+            *_sample(pods or {}, own.name),
         ],
     )
     uplinks = inputs.config.network.uplinks or paths.uplinks
@@ -94,10 +106,15 @@ def desired(inputs: Inputs) -> Desired | None:
     hooked = frozenset(name for name in (*uplinks, *overlays) if name in inputs.links)
     if phase is Phase.OFF or (begins and inputs.config_refused):
         return Desired(phase=Phase.OFF, hooked=hooked)
+    if begins and inputs.pods is None:
+        # A peer that sends by tunnel is listened to where its pods are known, and nowhere else.
+        problem = Problem("WaitingForEndpoints", "the pods of nodes without pod CIDR are not known yet")
+        return Desired(phase=Phase.OFF, epoch=epoch, hooked=hooked, problems=(problem,))
 
     strict = phase is Phase.ENFORCING and inputs.config.encryption.mode is Mode.STRICT
     devices: tuple[Device, ...] = ()
     mtu = tunnel_mtu(inputs.config, [inputs.links[name] for name in uplinks if name in inputs.links])
+    problems += _uncovered(inputs, own, accepted, blocking=strict)
     if not uplinks:
         problems.append(Problem("UplinkNotFound", "no device holds the node's address or a default route"))
 
@@ -113,7 +130,7 @@ def desired(inputs: Inputs) -> Desired | None:
             return Desired(phase=Phase.OFF, epoch=epoch, hooked=hooked, problems=tuple(problems))
     else:
         devices = tuple(
-            _device(inputs, own, accepted, key, mtu)
+            _device(inputs, own, accepted, pods or {}, key, mtu)
             for key in sorted(inputs.held.values(), key=lambda key: key.epoch)
             if own.spec.public_key(key.epoch) == key.public_key and key.epoch in accepted[own.name].keys
         )
@@ -129,7 +146,8 @@ def desired(inputs: Inputs) -> Desired | None:
             mtu,
         ),
         devices=devices,
-        addresses=_addresses(inputs, own, accepted),
+        addresses={network: addresses[network] for network in sorted_networks(addresses)},
+        pods=None if pods is None else _by_number(pods, accepted, addresses),
         redirects=_redirects(devices, accepted, own, phase, epoch),
         attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
         hooked=hooked,
@@ -292,7 +310,9 @@ def _missing_key(own: Member, accepted: Mapping[str, _Shares], epoch: int) -> Pr
     return Problem("WaitingForKey", f"the operator has not published this node's key of epoch {epoch} yet")
 
 
-def _device(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], key: HeldKey, mtu: int) -> Device:
+def _device(
+    inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], pods: Pods, key: HeldKey, mtu: int
+) -> Device:
     encryption = inputs.config.encryption
     port = names.listen_port(encryption.port, key.epoch)
     return Device(
@@ -308,6 +328,7 @@ def _device(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], key: H
                 endpoint=_endpoint(own.spec.addresses, shares.hosts, port),
                 allowed_ips=frozenset(shares.networks),
                 keepalive=encryption.keepalive,
+                pods=pods.get(name, frozenset()),
             )
             for name, shares in sorted(accepted.items())
             if name != own.name and key.epoch in shares.keys
@@ -333,7 +354,109 @@ def _addresses(inputs: Inputs, own: Member, accepted: Mapping[str, _Shares]) -> 
     for shares in accepted.values():
         entries |= dict.fromkeys(shares.pods, AddressEntry(shares.number, AddressFlags.POD))
         entries |= dict.fromkeys(shares.hosts, AddressEntry(shares.number, AddressFlags.HOST))
-    return {network: entries[network] for network in sorted_networks(entries)}
+    return entries
+
+
+def _single_pods(inputs: Inputs, accepted: Mapping[str, _Shares]) -> Pods | None:
+    """By node: addresses of pods on nodes without CIDR. A node's own address is no pod's, and a CIDR's are
+    those of the node that has it."""
+    if inputs.pods is None:
+        return None
+    with_cidr = _with_cidr(inputs, accepted)
+    hosts = {host.network_address.packed for shares in accepted.values() for host in shares.hosts}
+    hosts |= {address.packed for node in inputs.nodes.values() for address in node.addresses}
+    blocks = _Blocks(
+        network
+        for networks in (
+            *(node.pod_cidrs for node in inputs.nodes.values()),
+            *(shares.pods for shares in accepted.values()),
+        )
+        for network in networks
+    )
+    found = {}
+    for name, addresses in inputs.pods.items():
+        if name in with_cidr:
+            continue
+        # Mostly nothing is taken away, and the set stays the same object.
+        if not addresses.isdisjoint(hosts):
+            addresses -= hosts
+        if inside := blocks.inside(addresses):
+            addresses -= inside
+        if addresses:
+            found[name] = addresses
+    return found
+
+
+def _with_cidr(inputs: Inputs, accepted: Mapping[str, _Shares]) -> set[str]:
+    found = {name for name, node in inputs.nodes.items() if node.pod_cidrs}
+    return found | {name for name, shares in accepted.items() if shares.member.spec.pod_cidrs}
+
+
+class _Blocks:
+    """Networks, to find which of many addresses lie in one."""
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        self._tables: dict[tuple[int, int], set[int]] = {}
+        for network in networks:
+            shift = network.max_prefixlen - network.prefixlen
+            table = self._tables.setdefault((network.max_prefixlen // 8, shift), set())
+            table.add(int(network.network_address) >> shift)
+
+    def inside(self, addresses: Iterable[bytes]) -> set[bytes]:
+        return {
+            address
+            for (length, shift), table in self._tables.items()
+            for address in addresses
+            if len(address) == length and int.from_bytes(address) >> shift in table
+        }
+
+
+def _by_number(
+    pods: Pods, accepted: Mapping[str, _Shares], addresses: dict[Network, AddressEntry]
+) -> dict[int, frozenset[bytes]]:
+    """The same by node number. Takes out of `addresses` what looks like a pod's there: a CIDR of a single
+    address."""
+    found: dict[int, frozenset[bytes]] = {}
+    for name, each in pods.items():
+        number = accepted[name].number if name in accepted else 0
+        found[number] = found[number] | each if number in found else each
+    for network in [network for network in addresses if network.prefixlen == network.max_prefixlen]:
+        entry, address = addresses[network], single_address(network)
+        if address is not None and entry == pod_entry(entry.node):
+            del addresses[network]
+            found = {number: each - {address} for number, each in found.items() if each != {address}}
+            found[entry.node] = found.get(entry.node, frozenset()) | {address}
+    return found
+
+
+def _sample(pods: Pods, own: str) -> Iterator[Network]:
+    for name, addresses in pods.items():
+        if name != own:
+            yield from map(single_network, islice(addresses, SAMPLE))
+
+
+def _uncovered(
+    inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], *, blocking: bool
+) -> list[Problem]:
+    """Strictness needs cluster CIDRs where a pod that nobody knows yet is in no node's CIDR either."""
+    pods, with_cidr = inputs.pods or {}, _with_cidr(inputs, accepted)
+    lacking = [
+        name for name, node in inputs.nodes.items() if name not in with_cidr and (node.ready or name in pods)
+    ]
+    lengths: set[int] = set()
+    for name in lacking:
+        if len(lengths) < 2:
+            lengths.update(map(len, pods.get(name, ())))
+    families = frozenset(4 if length == 4 else 6 for length in lengths)
+    known = (*inputs.config.network.cluster_cidrs, *own.spec.cluster_cidrs)
+    if not lacking or not (missing := missing_families(known, families)):
+        return []
+    which = " or ".join(f"IPv{version}" for version in sorted(missing))
+    message = (
+        f"nodes have no pod CIDR and no cluster CIDR of {which} is known: packets to a pod that is not known"
+        " yet leave in clear; set spec.network.clusterCIDRs in the MeshConfig"
+    )
+    return [Problem(names.CLUSTER_CIDR_MISSING, message, blocking=blocking)]
 
 
 def _redirects(

@@ -131,16 +131,22 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerState:
-    """A peer as its device has it. `handshake`: Unix time of the latest handshake in seconds, 0 for
-    never."""
+    """A peer as its device has it. `singles` are those of its AllowedIPs that are single addresses, packed;
+    `allowed_ips` the others. `handshake`: Unix time of the latest handshake in seconds, 0 for never."""
 
     public_key: str
     endpoint: Endpoint | None = None
     allowed_ips: frozenset[Network] = frozenset()
+    singles: frozenset[bytes] = frozenset()
     keepalive: int = 0
     handshake: float = 0.0
     received: int = 0
     sent: int = 0
+
+    @property
+    def networks(self) -> frozenset[Network]:
+        """All of its AllowedIPs."""
+        return self.allowed_ips.union(map(single_network, self.singles))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,11 +214,13 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Datapath:
-    """The maps' contents. `nodes` has the entries that are not 0: node number to ifindex."""
+    """The maps' contents. `nodes` has the entries that are not 0: node number to ifindex. `pods` are the
+    entries of single pod addresses, as in Desired; `addresses` all others."""
 
     addresses: Mapping[Network, AddressEntry]
     nodes: Mapping[int, int]
     settings: Settings | None
+    pods: Mapping[int, frozenset[bytes]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,13 +254,15 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """Another node on a device. `keepalive`: seconds, 0 for none once the first handshake is done."""
+    """Another node on a device. `keepalive`: seconds, 0 for none once the first handshake is done. `pods`
+    are addresses (packed) that it has besides `allowed_ips`."""
 
     node: str
     public_key: str
     endpoint: Endpoint | None
     allowed_ips: frozenset[Network]
     keepalive: int
+    pods: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +299,9 @@ class Desired:
     settings: Settings | None = None
     devices: tuple[Device, ...] = ()
     addresses: Mapping[Network, AddressEntry] = field(default_factory=dict)
+    pods: Mapping[int, frozenset[bytes]] | None = field(default_factory=dict)
+    """Pod addresses (packed) that lie in no node's CIDR, by node number, 0: nobody knows whose. None: they
+    aren't known yet, and what is there stays."""
     redirects: Mapping[int, Redirect] = field(default_factory=dict)
     attachments: frozenset[Attachment] = frozenset()
     hooked: frozenset[str] = frozenset()
@@ -319,6 +332,24 @@ def host_network(address: Address) -> Network:
     """The /32 or /128 of an address. `ip_network(address)` does the same by way of strings, in six times the
     time."""
     return IPv4Network(int(address)) if isinstance(address, IPv4Address) else IPv6Network(int(address))
+
+
+def single_network(address: bytes) -> Network:
+    """The /32 or /128 of a packed address."""
+    number = int.from_bytes(address)
+    return IPv4Network(number) if len(address) == 4 else IPv6Network(number)
+
+
+def single_address(network: Network) -> bytes | None:
+    """The packed address of a /32 or /128; None for a wider block."""
+    if network.prefixlen < network.max_prefixlen:
+        return None
+    return network.network_address.packed
+
+
+def pod_entry(node: int) -> AddressEntry:
+    """What `ipcache` has of a single pod address on node number `node`."""
+    return AddressEntry(node, AddressFlags.POD if node else AddressFlags.CLUSTER)
 
 
 def sorted_networks(networks: Iterable[Network]) -> list[Network]:

@@ -27,6 +27,8 @@ from meshwire.encryption.model import (
     Settings,
     SettingsFlags,
     device_sysctls,
+    single_address,
+    single_network,
     sorted_networks,
 )
 
@@ -65,6 +67,25 @@ class DeleteAddresses:
 
     def __str__(self) -> str:
         return f"delete {_some(self.networks)} from ipcache"
+
+
+@dataclass(frozen=True, slots=True)
+class WritePods:
+    """Single pod addresses (packed) of node number `node`, 0: nobody knows whose."""
+
+    node: int
+    addresses: tuple[bytes, ...]
+
+    def __str__(self) -> str:
+        return f"write pods of node {self.node} to ipcache: {_some(map(single_network, self.addresses))}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeletePods:
+    addresses: tuple[bytes, ...]
+
+    def __str__(self) -> str:
+        return f"delete pods from ipcache: {_some(map(single_network, self.addresses))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +189,8 @@ class WriteSysctls:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerChange:
     """What differs of one peer, and its keepalive, which both WireGuard interfaces leave as it is unless
-    told. Networks in `gain` leave the peer that had them in the same step."""
+    told. Networks in `gain`, and pods' addresses in `pods` (packed), leave the peer that had them in the
+    same step."""
 
     public_key: str
     node: str = ""
@@ -176,6 +198,7 @@ class PeerChange:
     endpoint: Endpoint | None = None
     keepalive: int = 0
     gain: tuple[Network, ...] = ()
+    pods: tuple[bytes, ...] = ()
 
     def __str__(self) -> str:
         if self.remove:
@@ -183,14 +206,15 @@ class PeerChange:
         parts = [f"{self.node or '?'} {self.public_key[:8]}… keepalive {self.keepalive}"]
         parts += [f"at {self.endpoint}"] if self.endpoint else []
         parts += [f"+{network}" for network in self.gain]
+        parts += [f"+{_some(map(single_network, self.pods))}"] if self.pods else []
         return " ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigureDevice:
     """None leaves the key or port as it is. `fresh`: the device's old peers belong to another key and go.
-    `release` are networks that no peer is to have any more, taken without touching the rest of their
-    peers."""
+    `release` are networks, `release_pods` single addresses (packed), that no peer is to have any more, taken
+    without touching the rest of their peers."""
 
     name: str
     private_key: SecretKey | None = None
@@ -198,12 +222,21 @@ class ConfigureDevice:
     fresh: bool = False
     peers: tuple[PeerChange, ...] = ()
     release: tuple[Network, ...] = ()
+    release_pods: tuple[bytes, ...] = ()
+
+    @property
+    def only_pods(self) -> bool:
+        """Nothing changes but which peer has which single address."""
+        return not (self.private_key or self.port or self.fresh or self.release) and not any(
+            peer.remove or peer.endpoint or peer.gain for peer in self.peers
+        )
 
     def __str__(self) -> str:
         parts = (["set the key"] if self.private_key else []) + ([f"port {self.port}"] if self.port else [])
         parts += ["drop old peers"] if self.fresh else []
         parts += [f"peers {_some(self.peers, limit=3)}"] if self.peers else []
         parts += [f"release {_some(self.release)}"] if self.release else []
+        parts += [f"release {_some(map(single_network, self.release_pods))}"] if self.release_pods else []
         return f"configure {self.name}: {'; '.join(parts)}"
 
 
@@ -212,6 +245,8 @@ Action = (
     | UnloadDatapath
     | WriteAddresses
     | DeleteAddresses
+    | WritePods
+    | DeletePods
     | WriteNodes
     | WriteSettings
     | AddClsact
@@ -248,14 +283,22 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     #     is done.
     #  8. Settings become stricter: every way that exists is in use by now.
     #  9. What is too much goes: addresses, programs on devices that carry no pod traffic, devices.
+    # Single pod addresses come to peers of devices that are in place before anything is sent by them, and
+    # leave them after. WireGuard would tell the sender that there is no such host, and its connection with
+    # a pod that only moves would end. Peers that are new are told all of theirs at once.
     assert desired.settings is not None
     datapath = observed.datapath
     if datapath is None:
         yield LoadDatapath()
+    told = frozenset(device.name for device in desired.devices if _takes_pods(device, desired, observed))
+    gains = {device.name: _pod_gains(device, observed) for device in desired.devices if device.name in told}
+    yield from (ConfigureDevice(name=name, peers=gained) for name, gained in gains.items() if gained)
     old_addresses = datapath.addresses if datapath else {}
     old_settings = datapath.settings if datapath else None
     old_nodes = datapath.nodes if datapath else {}
 
+    pods_written, pods_gone = _pod_entries(desired, datapath.pods if datapath else {})
+    yield from pods_written
     # Single nodes before whole clusters: a cluster CIDR covers them all and would drop what is on its way to
     # a node that is written a moment later.
     changed = [
@@ -278,14 +321,24 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     wanted = desired.attachments - observed.attachments
     yield from (Attach(attachment) for attachment in sorted(wanted) if attachment.device not in DEVICES)
     for device in desired.devices:
-        yield from _device_actions(device, observed, sorted(a for a in wanted if a.device == device.name))
+        attach = sorted(attachment for attachment in wanted if attachment.device == device.name)
+        yield from _device_actions(device, observed, attach, with_pods=device.name not in told)
     if later:
         yield WriteNodes(later)
     if milder != desired.settings:
         yield WriteSettings(desired.settings)
 
-    if gone := sorted_networks(set(old_addresses) - set(desired.addresses)):
-        yield DeleteAddresses(tuple(gone))
+    gone = set(old_addresses) - set(desired.addresses)
+    if gone and (written := {address for action in pods_written for address in action.addresses}):
+        gone = {network for network in gone if single_address(network) not in written}
+    if gone:
+        yield DeleteAddresses(tuple(sorted_networks(gone)))
+    if pods_gone:
+        yield DeletePods(pods_gone)
+    if desired.pods is not None:
+        for device in desired.devices:
+            if released := _pod_losses(device, observed):
+                yield ConfigureDevice(name=device.name, release_pods=released)
     yield from (Detach(attachment) for attachment in _superfluous(desired, observed))
     names = {device.name for device in desired.devices}
     yield from (DeleteDevice(name) for name in DEVICES if name in observed.links and name not in names)
@@ -334,12 +387,94 @@ def _node_writes(
     return tuple(now), tuple(later)
 
 
+def _pod_entries(
+    desired: Desired, old: Mapping[int, frozenset[bytes]]
+) -> tuple[list[WritePods], tuple[bytes, ...]]:
+    """What to write, and what to delete."""
+    if desired.pods is None:
+        return [], ()
+    writes: list[WritePods] = []
+    gone: set[bytes] = set()
+    for number in desired.pods.keys() | old.keys():
+        wanted, present = desired.pods.get(number, frozenset()), old.get(number, frozenset())
+        if wanted is present:
+            continue
+        if new := wanted - present:
+            writes.append(WritePods(number, tuple(sorted(new))))
+        gone |= present - wanted
+    if gone:
+        # What another node has now is overwritten, and so is what is a node's own address.
+        for write in writes:
+            gone.difference_update(write.addresses)
+        gone -= {single_address(network) for network in desired.addresses}
+    return sorted(writes, key=lambda write: write.node), tuple(sorted(gone))
+
+
+def _takes_pods(device: Device, desired: Desired, observed: Observed) -> bool:
+    """The device is as it should be, so that its peers can be told of pods before anything else."""
+    guards = {attachment for attachment in desired.attachments if attachment.device == device.name}
+    return _in_place(device, observed) and guards <= observed.attachments
+
+
+def _pod_gains(device: Device, observed: Observed) -> tuple[PeerChange, ...]:
+    present = observed.wireguard[device.name].peers
+    return tuple(
+        PeerChange(
+            public_key=peer.public_key,
+            node=peer.node,
+            keepalive=_keepalive(peer, present[peer.public_key]),
+            pods=pods,
+        )
+        for peer in device.peers
+        if peer.public_key in present and (pods := _missing_pods(peer, present[peer.public_key]))
+    )
+
+
+def _missing_pods(peer: Peer, state: PeerState) -> tuple[bytes, ...]:
+    missing = peer.pods - state.singles
+    if missing and state.allowed_ips:
+        missing -= {single_address(network) for network in state.allowed_ips}
+    return tuple(sorted(missing))
+
+
+def _pod_losses(device: Device, observed: Observed) -> tuple[bytes, ...]:
+    """Single addresses that peers have, and no peer is to have any more."""
+    state = observed.wireguard.get(device.name)
+    if state is None or state.public_key != device.key.public_key:
+        return ()
+    lost: set[bytes] = set()
+    for peer in device.peers:
+        if (present := state.peers.get(peer.public_key)) and (extra := present.singles - peer.pods):
+            lost |= extra - {single_address(network) for network in peer.allowed_ips}
+    if lost:
+        for peer in device.peers:
+            lost -= peer.pods
+            lost -= {single_address(network) for network in peer.allowed_ips}
+    return tuple(sorted(lost))
+
+
+def has_all(peer: Peer, state: PeerState) -> bool:
+    """The peer has all AllowedIPs that it should have."""
+    return not _missing_networks(peer, state) and not _missing_pods(peer, state)
+
+
+def _missing_networks(peer: Peer, state: PeerState) -> list[Network]:
+    missing = peer.allowed_ips - state.allowed_ips
+    return sorted_networks(network for network in missing if single_address(network) not in state.singles)
+
+
+def _keepalive(peer: Peer, state: PeerState | None) -> int:
+    return peer.keepalive or (0 if state and state.handshake else FIRST_KEEPALIVE)
+
+
 def _in_place(device: Device, observed: Observed) -> bool:
     link, state = observed.links.get(device.name), observed.wireguard.get(device.name)
     return bool(link and link.up and state and state.public_key == device.key.public_key)
 
 
-def _device_actions(device: Device, observed: Observed, attachments: list[Attachment]) -> Iterator[Action]:
+def _device_actions(
+    device: Device, observed: Observed, attachments: list[Attachment], *, with_pods: bool
+) -> Iterator[Action]:
     link = observed.links.get(device.name)
     if link is None:
         yield CreateDevice(device.name)
@@ -363,13 +498,14 @@ def _device_actions(device: Device, observed: Observed, attachments: list[Attach
     if link is None or not link.up or link.mtu != device.mtu or not has_address:
         yield SetLink(device.name, device.mtu, add_address=not has_address)
     # Whatever a device with another key has as peers are that key's.
-    if change := _changed_peers(device, {} if new_key else state.peers, observed):
+    if change := _changed_peers(device, {} if new_key else state.peers, observed, with_pods):
         yield change
 
 
 def _changed_peers(
-    device: Device, present: Mapping[str, PeerState], observed: Observed
+    device: Device, present: Mapping[str, PeerState], observed: Observed, with_pods: bool
 ) -> ConfigureDevice | None:
+    """`with_pods`: peers that are there already haven't been told of their pods yet."""
     wanted = {peer.public_key for peer in device.peers}
     removed = tuple(
         PeerChange(public_key=public_key, remove=True)
@@ -377,13 +513,16 @@ def _changed_peers(
         if public_key not in wanted
     )
     changes = tuple(
-        change for peer in device.peers if (change := _peer_change(device, peer, present, observed))
+        change
+        for peer in device.peers
+        if (change := _peer_change(device, peer, present, observed, with_pods))
     )
     lost = {
         network
         for peer in device.peers
         if peer.public_key in present
         for network in present[peer.public_key].allowed_ips - peer.allowed_ips
+        if single_address(network) not in peer.pods
     }
     gained = {network for change in changes for network in change.gain}
     result = ConfigureDevice(
@@ -396,10 +535,10 @@ def _changed_peers(
 
 
 def _peer_change(
-    device: Device, peer: Peer, present: Mapping[str, PeerState], observed: Observed
+    device: Device, peer: Peer, present: Mapping[str, PeerState], observed: Observed, with_pods: bool
 ) -> PeerChange | None:
     state = present.get(peer.public_key)
-    keepalive = peer.keepalive or (0 if state and state.handshake else FIRST_KEEPALIVE)
+    keepalive = _keepalive(peer, state)
     if state is None:
         return PeerChange(
             public_key=peer.public_key,
@@ -407,15 +546,17 @@ def _peer_change(
             endpoint=peer.endpoint,
             keepalive=keepalive,
             gain=tuple(sorted_networks(peer.allowed_ips)),
+            pods=tuple(sorted(peer.pods)),
         )
     change = PeerChange(
         public_key=peer.public_key,
         node=peer.node,
         endpoint=_new_endpoint(device, peer, state, observed),
         keepalive=keepalive,
-        gain=tuple(sorted_networks(peer.allowed_ips - state.allowed_ips)),
+        gain=tuple(_missing_networks(peer, state)),
+        pods=_missing_pods(peer, state) if with_pods else (),
     )
-    same = not (change.endpoint or change.gain) and state.keepalive == keepalive
+    same = not (change.endpoint or change.gain or change.pods) and state.keepalive == keepalive
     return None if same else change
 
 
@@ -429,6 +570,37 @@ def _new_endpoint(device: Device, peer: Peer, state: PeerState, observed: Observ
     if last_set is not None and last_set != peer.endpoint:
         return peer.endpoint
     return peer.endpoint if observed.now - state.handshake > HANDSHAKE_LIFETIME else None
+
+
+def after_pods(
+    pods: Mapping[int, frozenset[bytes]], node: int | None, addresses: Iterable[bytes]
+) -> dict[int, frozenset[bytes]]:
+    """Datapath.pods once these are node number `node`'s; None: nobody's."""
+    moved = frozenset(addresses)
+    left = {
+        number: present if present.isdisjoint(moved) else present - moved for number, present in pods.items()
+    }
+    if node is not None:
+        left[node] = left.get(node, frozenset()) | moved
+    return {number: present for number, present in left.items() if present}
+
+
+def after_change(state: DeviceState, change: ConfigureDevice) -> DeviceState:
+    """The device once a change of nothing but pods is done."""
+    peers = dict(state.peers)
+
+    def take(addresses: frozenset[bytes]) -> None:
+        for key, peer in peers.items():
+            if not peer.singles.isdisjoint(addresses):
+                peers[key] = replace(peer, singles=peer.singles - addresses)
+
+    take(frozenset(change.release_pods))
+    for each in change.peers:
+        gained = frozenset(each.pods)
+        take(gained)
+        peer = peers.get(each.public_key, PeerState(public_key=each.public_key))
+        peers[each.public_key] = replace(peer, keepalive=each.keepalive, singles=peer.singles | gained)
+    return replace(state, peers=peers)
 
 
 def _superfluous(desired: Desired, observed: Observed) -> list[Attachment]:

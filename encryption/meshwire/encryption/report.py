@@ -16,6 +16,7 @@ from meshwire.encryption.model import (
     Problem,
     SettingsFlags,
 )
+from meshwire.encryption.plan import has_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def is_prepared(device: Device, observed: Observed) -> bool:
         state.public_key == device.key.public_key
         and state.port == device.port
         and all(
-            peer.public_key in state.peers and peer.allowed_ips <= state.peers[peer.public_key].allowed_ips
+            peer.public_key in state.peers and has_all(peer, state.peers[peer.public_key])
             for peer in device.peers
         )
     )
@@ -119,6 +120,11 @@ def _active_epoch(desired: Desired, observed: Observed, prepared: bool, drained:
 
 def _is_strict(desired: Desired, observed: Observed) -> bool:
     settings = observed.datapath.settings if observed.datapath else None
+    if desired.phase is Phase.ENFORCING and any(
+        problem.reason == names.CLUSTER_CIDR_MISSING for problem in desired.problems
+    ):
+        # The drop is in force, and there are packets that it can't know to be pods'.
+        return False
     return (
         settings is not None
         and SettingsFlags.STRICT in settings.flags

@@ -8,12 +8,13 @@ import socket
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from meshwire.api.fields import Network
 from meshwire.encryption.keys import public_key
-from meshwire.encryption.model import DeviceState, Endpoint, PeerState, SecretKey
+from meshwire.encryption.model import DeviceState, Endpoint, PeerState, SecretKey, single_network
 from meshwire.encryption.plan import ConfigureDevice
 
 SOCKETS: Final = Path("/var/run/wireguard")
@@ -27,11 +28,16 @@ class Uapi:
     where nobody serves the device, or the errno that the implementation answered."""
 
     def observe(self, name: str) -> DeviceState:
-        return parse_device(name, _talk(name, b"get=1\n\n"))
+        with _connect(name) as connection:
+            connection.sendall(b"get=1\n\n")
+            return parse_device(name, _answer(name, connection))
 
     def configure(self, change: ConfigureDevice) -> None:
         """In one write, all peers at once."""
-        _talk(change.name, format_change(change))
+        with _connect(change.name) as connection:
+            connection.sendall(format_change(change))
+            for _ in _answer(change.name, connection):
+                pass
 
 
 def serves(name: str) -> bool:
@@ -43,12 +49,13 @@ def serves(name: str) -> bool:
         return False
 
 
-def parse_device(name: str, answer: str) -> DeviceState:
-    """The answer to get=1. The private key in it goes no further than its public half."""
+def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
+    """The lines that get=1 is answered with. The private key in it goes no further than its public half."""
     device_key, port = "", 0
     peers: dict[str, PeerState] = {}
     fields: dict[str, str] = {}
     allowed: list[str] = []
+    singles: list[bytes] = []
 
     def finish() -> None:
         if "public_key" not in fields:
@@ -58,6 +65,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
             public_key=key,
             endpoint=parse_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
             allowed_ips=frozenset(map(_network, allowed)),
+            singles=frozenset(singles),
             keepalive=int(fields.get("persistent_keepalive_interval", 0)),
             handshake=int(fields.get("last_handshake_time_sec", 0))
             + int(fields.get("last_handshake_time_nsec", 0)) / 1e9,
@@ -65,7 +73,16 @@ def parse_device(name: str, answer: str) -> DeviceState:
             sent=int(fields.get("tx_bytes", 0)),
         )
 
-    for line in answer.splitlines():
+    for line in answer:
+        # There may be as many of these as the cluster has pods.
+        if line.startswith("allowed_ip="):
+            if line.endswith("/128"):
+                singles.append(socket.inet_pton(socket.AF_INET6, line[11:-4]))
+            elif line.endswith("/32") and ":" not in line:
+                singles.append(socket.inet_pton(socket.AF_INET, line[11:-3]))
+            else:
+                allowed.append(line[11:])
+            continue
         key, _, value = line.partition("=")
         match key:
             case "private_key" if value.strip("0"):
@@ -74,9 +91,7 @@ def parse_device(name: str, answer: str) -> DeviceState:
                 port = int(value)
             case "public_key":
                 finish()
-                fields, allowed = {key: value}, []
-            case "allowed_ip":
-                allowed.append(value)
+                fields, allowed, singles = {key: value}, [], []
             case _:
                 fields[key] = value
     finish()
@@ -107,13 +122,14 @@ def _lines(change: ConfigureDevice) -> Iterator[str]:
         yield f"listen_port={change.port}"
     if change.fresh:
         yield "replace_peers=true"
-    if change.release:
+    if change.release or change.release_pods:
         # Only newer implementations can take a single network away. A network has one peer, though, so
         # giving it to a peer that goes at once takes it from its old one everywhere, and that one isn't
         # disturbed.
         stand_in = os.urandom(32).hex()
         yield f"public_key={stand_in}"
         yield from (f"allowed_ip={network}" for network in change.release)
+        yield from (f"allowed_ip={single_network(address)}" for address in change.release_pods)
         yield f"public_key={stand_in}"
         yield "remove=true"
     for peer in change.peers:
@@ -124,7 +140,7 @@ def _lines(change: ConfigureDevice) -> Iterator[str]:
         if peer.endpoint:
             yield f"endpoint={peer.endpoint}"
         yield f"persistent_keepalive_interval={peer.keepalive}"
-        yield from (f"allowed_ip={network}" for network in peer.gain)
+        yield from (f"allowed_ip={each}" for each in chain(peer.gain, map(single_network, peer.pods)))
 
 
 def _connect(name: str) -> socket.socket:
@@ -138,22 +154,19 @@ def _connect(name: str) -> socket.socket:
     return connection
 
 
-def _talk(name: str, request: bytes) -> str:
-    with _connect(name) as connection:
-        connection.sendall(request)
-        answer = "".join(_until_blank_line(connection))
-    lines = answer.splitlines()
-    number = next((int(line[6:]) for line in lines if line.startswith("errno=")), 0)
-    if number:
-        raise OSError(abs(number), f"{name}: {os.strerror(abs(number))}")
-    return answer
-
-
-def _until_blank_line(connection: socket.socket) -> Iterable[str]:
-    tail = b""
-    while chunk := connection.recv(1 << 16):
-        yield chunk.decode()
-        tail = (tail + chunk)[-2:]
-        if tail == b"\n\n":
-            return
+def _answer(name: str, connection: socket.socket) -> Iterator[str]:
+    """Line by line: there may be as many as the cluster has pods. Raises OSError with the errno, at the
+    end."""
+    number = 0
+    with connection.makefile("r", encoding="ascii", newline="\n") as stream:
+        for line in stream:
+            line = line.rstrip("\n")
+            if line.startswith("errno="):
+                number = int(line[6:])
+            elif line:
+                yield line
+            elif number:
+                raise OSError(abs(number), f"{name}: {os.strerror(abs(number))}")
+            else:
+                return
     raise ConnectionResetError("the WireGuard implementation closed its socket in mid-answer")

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Any, Final, Protocol
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST
+from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, genlmsg, nla
 from pyroute2.netlink.generic import GenericNetlinkSocket
 from pyroute2.netlink.generic.wireguard import (
     WG_CMD_GET_DEVICE,
@@ -23,13 +24,47 @@ from pyroute2.netlink.generic.wireguard import (
 )
 
 from meshwire.api.fields import Network
-from meshwire.encryption.model import DeviceState, Endpoint, PeerState
+from meshwire.encryption.model import DeviceState, Endpoint, PeerState, single_network
 from meshwire.encryption.plan import ConfigureDevice, PeerChange
 
 # An attribute's length has 16 bits and WGDEVICE_A_PEERS holds all peers of a message; half of it is plenty.
 _MESSAGE_BYTES: Final = 32768
+_NETWORK_BYTES: Final = 44
+"""Upper bound of an allowed IP's encoding."""
+_NETWORKS: Final = _MESSAGE_BYTES // _NETWORK_BYTES - 8
+"""Allowed IPs of one peer in one message."""
+
+# linux/wireguard.h
+_ADDRESS, _MASK = 2, 3
+_TYPE: Final = 0x3FFF
+_ATTRIBUTE: Final = struct.Struct("=HH")
 
 Attributes = list[list[Any]]
+
+
+_Peer = wgmsg.wgdevice_peer
+
+
+class Reply(genlmsg):  # type: ignore[misc]
+    """What the kernel answers, as pyroute2 has it but for allowed IPs, which are left as they are: there may
+    be as many as the cluster has pods, and it would make four objects of each. Not a subclass of wgmsg: that
+    would share its compiled table."""
+
+    prefix = wgmsg.prefix
+    nla_map = wgmsg.nla_map
+    parse_wg_key = wgmsg.parse_wg_key
+
+    class wgdevice_peer(nla):  # type: ignore[misc]
+        prefix = _Peer.prefix
+        nla_flags = _Peer.nla_flags
+        nla_map = tuple(
+            (name, "cdata" if name == "WGPEER_A_ALLOWEDIPS" else kind) for name, kind in _Peer.nla_map
+        )
+        parse_peer_key = _Peer.parse_peer_key
+        parse_endpoint = staticmethod(_Peer.parse_endpoint)
+        endpoint_ipv4 = _Peer.endpoint_ipv4
+        endpoint_ipv6 = _Peer.endpoint_ipv6
+        parse_handshake_time = _Peer.parse_handshake_time
 
 
 class WireGuard(Protocol):
@@ -65,7 +100,7 @@ class KernelWireGuard:
     def _request(self, message: wgmsg, flags: int) -> list[Any]:
         if self._socket is None:
             self._socket = GenericNetlinkSocket()
-            self._socket.bind(WG_GENL_NAME, wgmsg)
+            self._socket.bind(WG_GENL_NAME, Reply)
         return list(self._socket.nlm_request(message, msg_type=self._socket.prid, msg_flags=flags))
 
 
@@ -80,22 +115,49 @@ def parse_device(name: str, messages: Iterable[Any]) -> DeviceState:
         port = message.get_attr("WGDEVICE_A_LISTEN_PORT") or port
         for peer in message.get_attr("WGDEVICE_A_PEERS") or ():
             key = peer.get_attr("WGPEER_A_PUBLIC_KEY").decode()
-            allowed = frozenset(
-                ip_network(each["addr"]) for each in peer.get_attr("WGPEER_A_ALLOWEDIPS") or ()
-            )
+            allowed, singles = parse_allowed(peer.get_attr("WGPEER_A_ALLOWEDIPS") or b"")
             if key in peers:
-                allowed |= peers[key].allowed_ips
-            peers[key] = _peer_state(key, peer, allowed, peers.get(key))
+                allowed, singles = allowed | peers[key].allowed_ips, singles | peers[key].singles
+            peers[key] = _peer_state(key, peer, allowed, singles, peers.get(key))
     return DeviceState(name=name, public_key=public_key, port=port, peers=peers)
 
 
-def _peer_state(key: str, peer: Any, allowed: frozenset[Network], before: PeerState | None) -> PeerState:
+def parse_allowed(raw: bytes) -> tuple[frozenset[Network], frozenset[bytes]]:
+    """Blocks, and single addresses (packed), of WGPEER_A_ALLOWEDIPS."""
+    blocks: list[Network] = []
+    singles: list[bytes] = []
+    position = 0
+    while position < len(raw):
+        length, _ = _ATTRIBUTE.unpack_from(raw, position)
+        end, at = position + length, position + 4
+        address, mask = b"", 0
+        while at < end:
+            size, kind = _ATTRIBUTE.unpack_from(raw, at)
+            if kind & _TYPE == _ADDRESS:
+                address = raw[at + 4 : at + size]
+            elif kind & _TYPE == _MASK:
+                mask = raw[at + 4]
+            at += (size + 3) & ~3
+        if mask == 8 * len(address):
+            singles.append(address)
+        else:
+            blocks.append(
+                IPv4Network((address, mask)) if len(address) == 4 else IPv6Network((address, mask))
+            )
+        position = (end + 3) & ~3
+    return frozenset(blocks), frozenset(singles)
+
+
+def _peer_state(
+    key: str, peer: Any, allowed: frozenset[Network], singles: frozenset[bytes], before: PeerState | None
+) -> PeerState:
     if before:
         # A continuation has the key and further allowed IPs alone.
         return PeerState(
             public_key=key,
             endpoint=before.endpoint,
             allowed_ips=allowed,
+            singles=singles,
             keepalive=before.keepalive,
             handshake=before.handshake,
             received=before.received,
@@ -107,6 +169,7 @@ def _peer_state(key: str, peer: Any, allowed: frozenset[Network], before: PeerSt
         public_key=key,
         endpoint=Endpoint(ip_address(endpoint["addr"]), endpoint["port"]) if endpoint else None,
         allowed_ips=allowed,
+        singles=singles,
         keepalive=peer.get_attr("WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL") or 0,
         handshake=handshake["tv_sec"] + handshake["tv_nsec"] / 1e9,
         received=peer.get_attr("WGPEER_A_RX_BYTES") or 0,
@@ -126,7 +189,8 @@ def format_change(change: ConfigureDevice) -> Iterator[Attributes]:
 
     batch: list[dict[str, Attributes]] = []
     size = 0
-    for peer in (*_release(change.release), *map(_peer, change.peers)):
+    release = (*change.release, *map(single_network, change.release_pods))
+    for peer in (*_release(release), *(part for each in change.peers for part in _peer(each))):
         length = _length(peer)
         if batch and size + length > _MESSAGE_BYTES:
             yield [*head, ["WGDEVICE_A_PEERS", batch]]
@@ -143,21 +207,32 @@ def _release(networks: tuple[Network, ...]) -> Iterator[Attributes]:
     if not networks:
         return
     stand_in = b64encode(os.urandom(32))
-    yield [["WGPEER_A_PUBLIC_KEY", stand_in], ["WGPEER_A_ALLOWEDIPS", [_allowed(each) for each in networks]]]
+    yield from _allowing(stand_in, networks)
     yield [["WGPEER_A_PUBLIC_KEY", stand_in], ["WGPEER_A_FLAGS", WGPEER_F_REMOVE_ME]]
 
 
-def _peer(change: PeerChange) -> Attributes:
+def _allowing(key: Any, networks: tuple[Network, ...]) -> Iterator[Attributes]:
+    """As many parts as it takes."""
+    for at in range(0, len(networks), _NETWORKS):
+        allowed = [_allowed(network) for network in networks[at : at + _NETWORKS]]
+        yield [["WGPEER_A_PUBLIC_KEY", key], ["WGPEER_A_ALLOWEDIPS", allowed]]
+
+
+def _peer(change: PeerChange) -> Iterator[Attributes]:
     attributes: Attributes = [["WGPEER_A_PUBLIC_KEY", change.public_key]]
     if change.remove:
-        return [*attributes, ["WGPEER_A_FLAGS", WGPEER_F_REMOVE_ME]]
+        yield [*attributes, ["WGPEER_A_FLAGS", WGPEER_F_REMOVE_ME]]
+        return
     if change.endpoint:
         endpoint = {"addr": str(change.endpoint.address), "port": change.endpoint.port}
         attributes.append(["WGPEER_A_ENDPOINT", endpoint])
     attributes.append(["WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL", change.keepalive])
-    if change.gain:
-        attributes.append(["WGPEER_A_ALLOWEDIPS", [_allowed(network) for network in change.gain]])
-    return attributes
+    networks = (*change.gain, *map(single_network, change.pods))
+    if networks:
+        allowed = [_allowed(network) for network in networks[:_NETWORKS]]
+        attributes.append(["WGPEER_A_ALLOWEDIPS", allowed])
+    yield attributes
+    yield from _allowing(change.public_key, networks[_NETWORKS:])
 
 
 def _allowed(network: Network) -> dict[str, Attributes]:
@@ -171,6 +246,6 @@ def _allowed(network: Network) -> dict[str, Attributes]:
 
 
 def _length(peer: Attributes) -> int:
-    """Upper bound of a peer's encoding: 44 bytes a key, 32 an endpoint, 44 a network, 8 anything else."""
+    """Upper bound of a peer's encoding: 44 bytes a key, 32 an endpoint, 8 anything else but networks."""
     allowed = next((value for name, value in peer if name == "WGPEER_A_ALLOWEDIPS"), ())
-    return 128 + 44 * len(allowed)
+    return 128 + _NETWORK_BYTES * len(allowed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import combinations
@@ -167,3 +167,10 @@ def _foreign_device(value: Any, path: str) -> str:
     if name.startswith(OWN_DEVICES):
         raise InvalidSpec(path, f"{name} is named like Meshwire's own devices ({names.device_name(0)})")
     return name
+
+
+def missing_families(cidrs: Iterable[Network], families: frozenset[int]) -> frozenset[int]:
+    """IP versions of pods that no cluster CIDR is of; both where none is given and nothing is known of
+    pods."""
+    given = frozenset(cidr.version for cidr in cidrs)
+    return (families or (frozenset() if given else frozenset({4, 6}))) - given

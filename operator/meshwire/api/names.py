@@ -51,6 +51,9 @@ PUBLIC_KEY_ANNOTATION: Final = "meshwire.dev/public-key-epoch-"
 UNUSED_SINCE_ANNOTATION: Final = "meshwire.dev/unused-since"
 """On a MeshIdentity that no pod has: since when (RFC 3339)."""
 
+CLUSTER_CIDR_MISSING: Final = "ClusterCIDRMissing"
+"""Reason of conditions: nodes have no pod CIDR, and no cluster CIDR covers pods that are not known yet."""
+
 MAX_NODE_ID: Final = 16383
 """Node numbers run from 1; 0 stands for a node nobody knows. Bounds the datapath's `nodes` map."""
 

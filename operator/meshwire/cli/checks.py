@@ -499,11 +499,12 @@ def _judge_nodes(cluster: ClusterFacts) -> Iterator[Finding]:
 def _judge_pod_cidrs(cluster: ClusterFacts) -> Iterator[Finding]:
     nodes = cluster.nodes
     if bare := [node.name for node in nodes if not node.pod_cidrs]:
-        yield failure(
+        yield warning(
             "pod CIDRs",
             f"Nodes without spec.podCIDRs: {', '.join(bare)}",
-            why="Meshwire tells by them on which node a pod address lives",
-            todo="let the controller manager give them out (--allocate-node-cidrs) and the CNI use them",
+            why="their pods' addresses come one by one: a new pod is reached when nodes have heard of it",
+            todo="set spec.network.clusterCIDRs in the MeshConfig, so that Strict covers new pods; or let"
+            " the controller manager give out CIDRs (--allocate-node-cidrs) and the CNI use them",
         )
     owned = [(node.name, ip_network(cidr)) for node in nodes for cidr in node.pod_cidrs]
     for (one, first), (other, second) in combinations(owned, 2):

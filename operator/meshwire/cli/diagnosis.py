@@ -207,6 +207,14 @@ REASONS: Final[Mapping[str, tuple[str, str]]] = {
         "without a private key of its own the node can't encrypt",
         f"see whether the operator runs and may write Secrets: {OPERATOR_LOG}",
     ),
+    "WaitingForEndpoints": (
+        "nodes have no pod CIDR, and this one hasn't heard yet which pods are where",
+        f"wait; if it stays, see whether the operator writes MeshEndpointSlices: {OPERATOR_LOG}",
+    ),
+    names.CLUSTER_CIDR_MISSING: (
+        "nodes have no pod CIDR: packets of pods that nobody has heard of yet would leave in clear",
+        "set spec.network.clusterCIDRs in the MeshConfig to all pod addresses of the cluster",
+    ),
     "KeyRefused": (
         "a key that was sealed for somebody else, or for another epoch, is never used",
         "if nobody tampers with Secrets, delete the Secret the message names: the operator makes a new one",

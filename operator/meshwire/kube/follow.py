@@ -25,7 +25,8 @@ async def follow(
     client: Client, path: str, parse: Callable[[Object], T], **params: str
 ) -> AsyncIterator[tuple[str, list[T]]]:
     """("LISTED", all objects) after every list, then (ADDED, MODIFIED or DELETED, [object]), each through
-    `parse`. An API server that is away is waited for."""
+    `parse`; a `limit` among `params` is how many to ask for at a time. An API server that is away is waited
+    for."""
     while True:
         try:
             listed, version = await _list(client, path, parse, params)
@@ -52,7 +53,8 @@ async def _list(
     found: list[T] = []
     token = ""
     while True:
-        page = await client.get(path, limit=str(PAGE), **params, **({"continue": token} if token else {}))
+        more = {"continue": token} if token else {}
+        page = await client.get(path, **{"limit": str(PAGE)} | params | more)
         # Items of a list don't say what they are.
         found += [parse({"kind": page["kind"].removesuffix("List"), **item}) for item in page["items"]]
         if not (token := page["metadata"].get("continue", "")):

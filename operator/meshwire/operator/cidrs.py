@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from ipaddress import ip_network
 from itertools import combinations
 from typing import Any, Final
@@ -10,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from meshwire.api.fields import Network
+from meshwire.operator.objects import Node
 
 NAMESPACE: Final = "kube-system"
 SOURCES: Final = ("kubeadm-config", "kube-proxy")
@@ -38,6 +40,20 @@ def cluster_cidrs(name: str, data: Mapping[str, str]) -> tuple[Network, ...]:
     if any(one.overlaps(other) for one, other in combinations(blocks, 2)):
         raise UnreadableCIDRs(f"ConfigMap {NAMESPACE}/{name}: {value} overlap")
     return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What MeshEndpointSlices tell of the pods on nodes without CIDR. `complete`: all that there were when
+    encryption was asked for. `families`: their IP versions."""
+
+    complete: bool = False
+    families: frozenset[int] = frozenset()
+
+
+def without_cidr(nodes: Iterable[Node], *, also_dead: bool = False) -> frozenset[str]:
+    """Names of those that have no pod CIDR; of live ones only, or of dead ones too."""
+    return frozenset(node.name for node in nodes if not node.pod_cidrs and (node.live or also_dead))
 
 
 def covers(cidrs: Iterable[Network], block: Network) -> bool:

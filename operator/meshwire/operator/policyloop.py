@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from meshwire.kube.client import ApiError
 from meshwire.operator import policystatus
+from meshwire.operator.cidrs import Published
 from meshwire.operator.policyapply import PolicyHands, resource_of, subject_of
 from meshwire.operator.policyreconcile import Action, reconcile
 from meshwire.operator.policystatus import Selections
@@ -35,6 +36,8 @@ make the others wait."""
 class EndpointLoop(Rounds):
     world: PolicyWorld
     hands: PolicyHands
+    published: Published = Published()
+    published_changed: Callable[[], None] = lambda: None
     _rests_until: float = 0.0
     _held: dict[Hashable, float] = field(default_factory=dict)
     """Until when, on time.monotonic()'s clock, by what the write was about."""
@@ -64,11 +67,19 @@ class EndpointLoop(Rounds):
         self.metrics.contested.set(plan.contested)
         self._held = {subject: until for subject, until in self._held.items() if until > started}
         actions = [action for action in plan.actions if subject_of(action) not in self._held]
+        # What comes later doesn't undo it: the next pod is always on its way.
+        complete = bool(inputs.without_cidr) and (self.published.complete or not actions)
+        self._publish(Published(complete, plan.families))
         if not actions:
             return False
         return await self._carry_out(
             actions, self._apply, lambda action: self.world.distrust(resource_of(action))
         )
+
+    def _publish(self, published: Published) -> None:
+        if published != self.published:
+            self.published = published
+            self.published_changed()
 
     async def _apply(self, action: Action) -> None:
         try:

@@ -5,7 +5,7 @@ in, actions out, as in `meshwire.operator.reconcile`. What becomes of policies t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 
@@ -24,7 +24,8 @@ from meshwire.policy.identity import Labels, identity_labels
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """Everything by name, but pods by uid. `settings` None: what is wanted can't be told. `recent`:
-    numbers of identities that were deleted, and when."""
+    numbers of identities that were deleted, and when. `without_cidr` are nodes that encryption needs pods'
+    single addresses of."""
 
     settings: PolicySettings | None
     mesh_nodes: Mapping[str, MeshNode]
@@ -35,6 +36,7 @@ class Inputs:
     reports: Mapping[str, MeshPolicyReport]
     recent: Mapping[int, datetime]
     now: datetime
+    without_cidr: Set[str] = field(default_factory=frozenset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +65,23 @@ Action = IdentityAction | SliceAction | CreateReport | DeleteReport | DeleteUnus
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """`contested`: addresses that several pods claim, one of which has it."""
+    """`contested`: addresses that several pods claim, one of which has it. `families`: IP versions of pods
+    on nodes without pod CIDR."""
 
     actions: tuple[Action, ...] = ()
     endpoints: int = 0
     contested: int = 0
+    families: frozenset[int] = frozenset()
 
 
 def reconcile(inputs: Inputs) -> Plan:
     """The next writes."""
     if inputs.settings is None:
         return Plan()
-    if not inputs.settings.enabled:
+    if not inputs.settings.enabled and not inputs.without_cidr:
         return Plan(actions=tuple(_clean_up(inputs)))
+    # Encryption alone needs no identities. Endpoints have them nevertheless: what is published then is the
+    # same whatever it is for, and turning policy on rewrites none of it.
     labels = {
         uid: pod_labels(pod, inputs.namespaces[pod.namespace], inputs.settings.excluded_labels)
         for uid, pod in inputs.pods.items()
@@ -103,13 +109,24 @@ def reconcile(inputs: Inputs) -> Plan:
             now=inputs.now,
         ),
         *slices.pack(inputs.slices, wanted, undecided),
-        *(
-            CreateReport(name, node.owner)
-            for name, node in sorted(inputs.mesh_nodes.items())
-            if node.owner and name not in inputs.reports
-        ),
+        *_report_actions(inputs),
     ]
-    return Plan(actions=tuple(actions), endpoints=len(wanted), contested=contested)
+    families = frozenset(
+        address.version
+        for each in wanted.values()
+        if each.node in inputs.without_cidr
+        for address in each.addresses
+    )
+    return Plan(actions=tuple(actions), endpoints=len(wanted), contested=contested, families=families)
+
+
+def _report_actions(inputs: Inputs) -> Iterable[Action]:
+    if inputs.settings and inputs.settings.enabled:
+        for name, node in sorted(inputs.mesh_nodes.items()):
+            if node.owner and name not in inputs.reports:
+                yield CreateReport(name, node.owner)
+    else:
+        yield from (DeleteReport(report) for _, report in sorted(inputs.reports.items()))
 
 
 def pod_labels(pod: Pod, namespace: Namespace, excluded: frozenset[str]) -> Labels:

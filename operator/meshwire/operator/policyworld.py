@@ -15,12 +15,14 @@ import structlog
 from meshwire.api import names
 from meshwire.api.fields import InvalidSpec
 from meshwire.api.meshconfig import PolicySettings
+from meshwire.api.meshnode import Phase
 from meshwire.api.meshpolicy import Kind
 from meshwire.api.meshpolicyreport import MeshPolicyReport
 from meshwire.kube.client import ApiError, Client
 from meshwire.kube.follow import follow
 from meshwire.kube.watching import missing_kinds
 from meshwire.operator import policyreconcile, policystatus
+from meshwire.operator.cidrs import without_cidr
 from meshwire.operator.identities import GRACE
 from meshwire.operator.objects import Config, Identity, Namespace, Pod, PolicyObject, Slice
 from meshwire.operator.store import Overlay
@@ -59,6 +61,13 @@ def mesh_policy(source: Mapping[str, Any]) -> PolicyObject:
 
 def cluster_mesh_policy(source: Mapping[str, Any]) -> PolicyObject:
     return PolicyObject.from_object(source, Kind.CLUSTER_MESH_POLICY)
+
+
+def _policy(config: Config | None) -> PolicySettings | None:
+    """What a MeshConfig says; None where it can't be acted upon."""
+    if config is None:
+        return PolicySettings()
+    return config.config.policy if config.config else None
 
 
 def _name(metadata: Mapping[str, Any]) -> str:
@@ -207,8 +216,8 @@ class PolicyWorld:
             await asyncio.sleep(RETRY)
 
     async def follow_settings(self) -> None:
-        """For ever. Pods are watched only where policy is on."""
-        last: Config | None = None
+        """For ever. Pods are watched only where policy is on, or encryption needs their addresses."""
+        last: tuple[Config | None, frozenset[str]] | None = None
         while True:
             await self.mesh_changed.wait()
             await asyncio.sleep(SETTINGS_DEBOUNCE)
@@ -217,12 +226,13 @@ class PolicyWorld:
             if config is None or config.config is not None:
                 enabled = bool(config and config.config and config.config.policy.enabled)
                 for resource in ("pods", "namespaces"):
-                    if enabled:
+                    if enabled or self._without_cidr(config):
                         self.watches[resource].needed.set()
                     else:
                         self.watches[resource].needed.clear()
-            if config != last:
-                last = config
+            news = config, self._without_cidr(config)
+            if news != last:
+                last = news
                 self._both_changed()
 
     def distrust(self, *resources: str) -> None:
@@ -242,9 +252,13 @@ class PolicyWorld:
             return None
         for resource in (names.MESHENDPOINTSLICES, names.MESHIDENTITIES, names.MESHPOLICYREPORTS):
             await self._relist(resource)
-        settings = await self._settings()
-        if settings is not None and settings.enabled and not self._complete("pods", "namespaces"):
+        config = await self._config()
+        settings, needed = _policy(config), self._without_cidr(config)
+        if settings and (settings.enabled or needed) and not self._complete("pods", "namespaces"):
             return None
+        if settings and not settings.enabled and not self.mesh().nodes:
+            # No cluster is without nodes: they aren't known yet, nor what encryption needs.
+            settings = None
         now = datetime.now(UTC)
         for number, freed in list(self.recent.items()):
             if now - freed >= GRACE:
@@ -259,6 +273,7 @@ class PolicyWorld:
             reports=self._over(names.MESHPOLICYREPORTS),
             recent=dict(self.recent),
             now=now,
+            without_cidr=needed,
         )
 
     async def gather_policies(self, *, counters: bool) -> policystatus.Inputs | None:
@@ -267,7 +282,7 @@ class PolicyWorld:
             return None
         for resource in (names.MESHPOLICIES, names.CLUSTERMESHPOLICIES):
             await self._relist(resource)
-        settings = await self._settings()
+        settings = _policy(await self._config())
         if settings is not None and settings.enabled and not self._complete("pods", "namespaces"):
             return None
         return policystatus.Inputs(
@@ -308,8 +323,8 @@ class PolicyWorld:
             watch.ended = None
         self._overlays[resource].listed(there, watch.items, version)
 
-    async def _settings(self) -> PolicySettings | None:
-        """What the MeshConfig says; None where it can't be acted upon."""
+    async def _config(self) -> Config | None:
+        """The MeshConfig; None where there is none."""
         config = self.mesh().configs.get(names.CONFIG_NAME)
         off = config is None or (config.config is not None and not config.config.policy.enabled)
         if off and any(self.watches[resource].items for resource in KINDS):
@@ -317,9 +332,18 @@ class PolicyWorld:
             # there yet.
             found = await self.client.find(f"{MESH_PATH}/{names.MESHCONFIGS}/{names.CONFIG_NAME}")
             config = Config.from_object(found) if found else None
-        if config is None:
-            return PolicySettings()
-        return config.config.policy if config.config else None
+        return config
+
+    def _without_cidr(self, config: Config | None) -> frozenset[str]:
+        """Nodes whose pods' addresses encryption needs one by one; none where it is off. A node that has
+        just joined may be given its CIDR in a moment, so it counts once it is live; but while addresses are
+        published, a node that is not live does count: its pods may be well."""
+        mesh = self.mesh()
+        encrypts = bool(config and config.config and config.config.encryption.enabled)
+        if not encrypts and all(node.spec.phase is Phase.OFF for node in mesh.mesh_nodes.values()):
+            return frozenset()
+        published = bool(self.watches[names.MESHENDPOINTSLICES].items)
+        return without_cidr(mesh.nodes.values(), also_dead=published)
 
     def _identity_gone(self, name: str, uid: str) -> None:
         self._overlays[names.MESHIDENTITIES].deletion_seen(name, uid)

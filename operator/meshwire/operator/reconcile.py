@@ -5,19 +5,19 @@ any. What then is there is the input of the next plan. An empty plan means that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain
 
-from meshwire.api import conditions
+from meshwire.api import conditions, names
 from meshwire.api.conditions import Condition
 from meshwire.api.fields import Network
-from meshwire.api.meshconfig import Mode
+from meshwire.api.meshconfig import Mode, missing_families
 from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.operator import claims, phases, summary
-from meshwire.operator.cidrs import covers
+from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, KeySecret, Node
 from meshwire.operator.phases import Order
@@ -30,7 +30,8 @@ ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
 class Inputs:
     """Everything by node name. `status` None: there is no MeshStatus yet. `found_cidrs`: what the
     cluster's own configuration tells of its pod CIDRs; None where it couldn't be read. `recent_ids`:
-    numbers freed lately, the longest free first."""
+    numbers freed lately, the longest free first. `published`: what agents can know of pods on nodes without
+    CIDR."""
 
     nodes: Mapping[str, Node]
     mesh_nodes: Mapping[str, MeshNode]
@@ -40,6 +41,7 @@ class Inputs:
     found_cidrs: tuple[Network, ...] | None
     recent_ids: tuple[int, ...]
     now: datetime
+    published: Published = Published()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,9 +241,13 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
     if inputs.config and inputs.config.config is None:
         # It can't be read: nobody can say what is wanted.
         return order
+    wanted = bool(inputs.config and inputs.config.config and inputs.config.config.encryption.enabled)
+    if order.phase is Phase.OFF and without_cidr(inputs.nodes.values()) and not inputs.published.complete:
+        # Who knows a pod that its peer doesn't know yet sends what that one throws away.
+        wanted = False
     return phases.following(
         order,
-        wanted=bool(inputs.config and inputs.config.config and inputs.config.config.encryption.enabled),
+        wanted=wanted,
         highest_epoch=highest,
         mesh_nodes=tuple(mesh_nodes.values()),
         live=tuple(node for name, node in mesh_nodes.items() if inputs.nodes[name].live)
@@ -313,14 +319,14 @@ def _cluster_cidrs(
     )
     config = inputs.config.config if inputs.config else None
     if inputs.config and config is None:
-        return last_good, inputs.config.problem, _scope(last_good, nodes)
+        return last_good, inputs.config.problem, _scope(last_good, inputs)
     asked = config.network.cluster_cidrs if config else ()
     if asked:
         if problem := _node_inside(asked, nodes):
-            return last_good, f"spec.network.clusterCIDRs: {problem}", _scope(last_good, nodes)
-        return asked, "", _scope(asked, nodes)
+            return last_good, f"spec.network.clusterCIDRs: {problem}", _scope(last_good, inputs)
+        return asked, "", _scope(asked, inputs)
     if inputs.found_cidrs is None:
-        return last_good, "", _scope(last_good, nodes)
+        return last_good, "", _scope(last_good, inputs)
     if problem := _node_inside(inputs.found_cidrs, nodes):
         scope = summary.Scope(
             whole=False,
@@ -329,7 +335,7 @@ def _cluster_cidrs(
             " Strict covers the pod CIDRs of known nodes only",
         )
         return (), "", scope
-    return inputs.found_cidrs, "", _scope(inputs.found_cidrs, nodes)
+    return inputs.found_cidrs, "", _scope(inputs.found_cidrs, inputs)
 
 
 def _node_inside(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> str:
@@ -343,7 +349,18 @@ def _node_inside(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> str:
     return ""
 
 
-def _scope(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> summary.Scope:
+def _scope(cidrs: tuple[Network, ...], inputs: Inputs) -> summary.Scope:
+    nodes = inputs.nodes
+    if (lacking := without_cidr(nodes.values(), also_dead=bool(inputs.published.families))) and (
+        missing := missing_families(cidrs, inputs.published.families)
+    ):
+        return summary.Scope(
+            whole=False,
+            reason=names.CLUSTER_CIDR_MISSING,
+            message=f"no cluster CIDR {_of(missing)} is known, and there are nodes without pod CIDR"
+            f" ({summary.listed(lacking)}): packets to a pod that is not known yet leave in clear; set"
+            " spec.network.clusterCIDRs",
+        )
     if not cidrs:
         return summary.Scope(
             whole=False,
@@ -363,6 +380,10 @@ def _scope(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> summary.Sco
     return summary.Scope(
         whole=True, reason="ClusterCIDRsKnown", message=f"Strict covers all of {_join(cidrs)}"
     )
+
+
+def _of(families: Iterable[int]) -> str:
+    return " or ".join(f"of IPv{version}" for version in sorted(families))
 
 
 def _join(cidrs: tuple[Network, ...]) -> str:

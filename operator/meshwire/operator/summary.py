@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from meshwire.api import conditions
+from meshwire.api import conditions, names
 from meshwire.api.meshconfig import Mode
 from meshwire.api.meshnode import MeshNode, Phase
 from meshwire.api.meshstatus import MeshStatus
@@ -30,6 +30,7 @@ NEEDS_A_PERSON: Final = frozenset(
         "DatapathRefused",
         "DuplicateKey",
         "KeyRefused",
+        names.CLUSTER_CIDR_MISSING,
     }
 )
 """Reasons of an agent that waiting does not cure."""

@@ -18,6 +18,7 @@ from meshwire.api.meshnode import MeshNode, Phase
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.kube.client import ApiError, Client, Object
 from meshwire.operator import cidrs
+from meshwire.operator.cidrs import Published
 from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
 from meshwire.operator.reconcile import Inputs
 from meshwire.operator.store import Overlay
@@ -60,6 +61,7 @@ class World:
     client: Client
     namespace: str
     watched: Callable[[], Watched] = Watched
+    published: Callable[[], Published] = Published
     nodes: Overlay[Node] = field(default_factory=Overlay)
     mesh_nodes: Overlay[MeshNode] = field(default_factory=Overlay)
     secrets: Overlay[KeySecret] = field(default_factory=Overlay)
@@ -93,6 +95,7 @@ class World:
             status=self.statuses.over(watched.statuses).get(names.STATUS_NAME),
             found_cidrs=self._found_cidrs,
             recent_ids=tuple(self.recent_ids),
+            published=self.published(),
             now=datetime.now(UTC),
         )
 

@@ -235,7 +235,8 @@ class Enforcer:
         model = self._model
         assert model
         links = self._kernel.links(fresh=stale)
-        model.set_surroundings(self._surroundings(world, asked, links))
+        around = self._surroundings(world, asked, links)
+        model.set_surroundings(around)
         for pod in model.lost_devices({link.index for link in links.values()}):
             model.set_device(pod.uid, None)
         for pod in model.waiting_for_device():
@@ -243,9 +244,8 @@ class Enforcer:
                 model.set_device(pod.uid, device)
         wanted = self._health.desired
         outward = [links[name] for name in (*(wanted.hooked if wanted else ()), *DEVICES) if name in links]
-        own = world.nodes.get(self._settings.node)
         if stale:
-            self._guessed = self._kernel.guess_pod_devices(own.pod_cidrs if own else ())
+            self._guessed = self._kernel.guess_pod_devices(around.own or around.shared)
         self._kernel.apply(
             model, outward, self._guessed, skips_stack=asked.skips_stack, resync=resync, fresh=stale
         )
@@ -271,6 +271,7 @@ class Enforcer:
         member = world.members.get(self._settings.node)
         cluster: dict[Network, None] = dict.fromkeys(config)
         cluster |= dict.fromkeys(member.spec.cluster_cidrs if member else ())
+        shared = tuple(cluster) if own and not own.pod_cidrs else ()
         for node in world.nodes.values():
             cluster |= dict.fromkeys(node.pod_cidrs)
         return Surroundings(
@@ -284,6 +285,8 @@ class Enforcer:
             remote=frozenset(address.packed for node in others for address in node.addresses),
             cluster=tuple(cluster),
             own=own.pod_cidrs if own else (),
+            shared=shared,
+            node=self._settings.node,
             excluded_labels=asked.excluded_labels,
         )
 

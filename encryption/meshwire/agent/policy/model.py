@@ -44,12 +44,14 @@ class EndpointValue:
 class Surroundings:
     """What is no object of policy's own: addresses are packed. `local` are those of the node's own devices,
     `remote` the other nodes'. `cluster` are the networks that pods have addresses of, `own` those of this
-    node's pods."""
+    node's pods; where it has none, its pods may have any that `shared` holds. `node` is its name."""
 
     local: frozenset[bytes] = frozenset()
     remote: frozenset[bytes] = frozenset()
     cluster: tuple[Network, ...] = ()
     own: tuple[Network, ...] = ()
+    shared: tuple[Network, ...] = ()
+    node: str = ""
     excluded_labels: frozenset[str] = identity.HIGH_CARDINALITY
 
 
@@ -277,8 +279,11 @@ class Model:
             self.identities.set(address, number)
 
     def _is_own(self, address: bytes) -> bool:
+        around = self._around
+        if not around.own:
+            return any(remote.node == around.node for remote in self._holding(address))
         parsed = ip_address(address)
-        return any(parsed in block for block in self._around.own)
+        return any(parsed in block for block in around.own)
 
     def _newest(self, uids: Iterable[str]) -> str:
         return max(uids, key=lambda uid: (self.pods[uid].created, uid))
@@ -476,7 +481,7 @@ class Model:
         old, self._around = self._around, around
         for address in (old.local ^ around.local) | (old.remote ^ around.remote):
             self._resolve(address)
-        if (old.cluster, old.own) != (around.cluster, around.own):
+        if (old.cluster, old.own, old.shared) != (around.cluster, around.own, around.shared):
             self._lay_out_cidrs()
             for address in list(self._holders):
                 self._resolve(address)
@@ -488,6 +493,8 @@ class Model:
         """Every block's entry says all there is to know of it: the longest match alone decides."""
         flags: dict[Network, CidrFlag] = dict.fromkeys(self._around.cluster, CidrFlag.CLUSTER)
         flags |= dict.fromkeys(self._around.own, CidrFlag.CLUSTER | CidrFlag.LOCAL)
+        # Whoever isn't known may be a pod of this node that nothing guards yet, or one of another node.
+        flags |= dict.fromkeys(self._around.shared, CidrFlag.CLUSTER | CidrFlag.LOCAL)
         blocks = sorted(
             self._cidr_numbers.keys() | flags.keys(),
             key=lambda block: (block.version, int(block.network_address), block.prefixlen),

@@ -71,6 +71,7 @@ class Remote(NamedTuple):
     uid: str
     identity: int
     addresses: tuple[bytes, ...]
+    node: str
     namespace: str
     name: str
     ports: tuple[tuple[str, int, int], ...]
@@ -91,6 +92,7 @@ def compact(found: MeshEndpointSlice) -> Slice:
                 endpoint.pod.uid,
                 endpoint.identity,
                 tuple(address.packed for address in endpoint.addresses),
+                sys.intern(endpoint.node),
                 sys.intern(endpoint.pod.namespace),
                 endpoint.pod.name,
                 tuple((port.name, PROTOCOLS[port.protocol], port.port) for port in endpoint.ports),
