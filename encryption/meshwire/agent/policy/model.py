@@ -676,7 +676,7 @@ class Model:
         changed |= self.endpoints.fit(capacities["endpoints"])
         # Those that go are still there when the new ones come.
         changed |= self.services.fit(capacities["services"] - len(self.services.deletes()))
-        self._find_lost()
+        changed |= self._find_lost()
         room = capacities["cidrs"] - LPM_SPARE
         if self._fit_blocks_anew or room != self._cidr_capacity:
             self._fit_blocks_anew, self._cidr_capacity = False, room
@@ -697,7 +697,7 @@ class Model:
             or address in self._apiservers
         )
 
-    def _find_lost(self) -> None:
+    def _find_lost(self) -> bool:
         """An address that is in no map must not pass for one of the world."""
         lost: set[Network] = set()
         if self.identities.left_out:
@@ -714,6 +714,8 @@ class Model:
         if lost != self._lost_addresses:
             self._lost_addresses = frozenset(lost)
             self._fit_blocks_anew = True
+            return True
+        return False
 
     def _fit_blocks(self) -> bool:
         base = self._own_blocks()

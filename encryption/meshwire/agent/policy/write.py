@@ -72,7 +72,7 @@ class _Writer:
         self._write_addresses(
             model.services, lambda address, value: maps.services.update(address), maps.services.delete
         )
-        self._write_endpoints(lambda value: value.set == CLOSED)
+        self._close_pods()
         self._place_sets()
         self._write_blocks()
 
@@ -82,7 +82,7 @@ class _Writer:
         self._write_identities()
 
         self._delete_entries(model.entries.deletes())
-        self._write_endpoints(lambda value: True)
+        self._write_endpoints(lambda address, value: True)
         for address in model.services.deletes():
             maps.services.delete(ip_address(address))
             model.services.deleted([address])
@@ -140,7 +140,7 @@ class _Writer:
                 self._close(subject, audit=True)
         for subject in sorted(pending):
             self._close(subject)
-        self._write_endpoints(lambda value: value.set == CLOSED)
+        self._close_pods()
         self._delete_unused()
 
     def _reopen(self, subjects: Iterable[int], *, audit: bool = False) -> None:
@@ -199,7 +199,7 @@ class _Writer:
                 model.entries.wrote([item])
         for number in sorted(refused):
             model.refuse_set(number, self._maps.capacities["policy"])
-        self._write_endpoints(lambda value: value.set == CLOSED)
+        self._close_pods()
         # Of these sets some may be there that we don't know to be.
         strays = [key for key, _ in entries if key[0] in refused and key not in model.entries.actual]
         policies.delete_many([_policy_key(*key) for key in strays])
@@ -230,17 +230,24 @@ class _Writer:
             model.endpoints.deleted([address])
         partly = {key[0] for key, _ in model.entries.writes()}
         self._write_endpoints(
-            lambda value: value.set not in partly and value.audit_set not in partly, moved=True
+            lambda address, value: partly.isdisjoint((value.set, value.audit_set)), moved=True
         )
 
-    def _write_endpoints(self, which: Callable[[EndpointValue], bool], *, moved: bool = False) -> None:
+    def _close_pods(self) -> None:
+        """Those that are there. Others come when they are moved: there may be room for them only then."""
+        actual = self._model.endpoints.actual
+        self._write_endpoints(lambda address, value: value.set == CLOSED and address in actual)
+
+    def _write_endpoints(
+        self, which: Callable[[bytes, EndpointValue], bool], *, moved: bool = False
+    ) -> None:
         """With `moved` only those that have other sets now, or are new."""
         model = self._model
 
         def is_meant(address: bytes, value: EndpointValue) -> bool:
             old = model.endpoints.actual.get(address)
             stays = old is not None and (old.set, old.audit_set) == (value.set, value.audit_set)
-            return which(value) and not (moved and stays)
+            return which(address, value) and not (moved and stays)
 
         def update(address: Address, value: EndpointValue) -> None:
             self._maps.endpoints.update(
@@ -277,7 +284,7 @@ class _Writer:
                 refused = True
                 model.refuse_block(block)
                 # At once: rules that know of the block are in force.
-                self._write_endpoints(lambda value: value.set == CLOSED)
+                self._close_pods()
             else:
                 model.cidrs.wrote([(block, (number, flags))])
         if refused:
