@@ -50,6 +50,7 @@ async def run(settings: Settings, cluster: Cluster) -> None:
         endpoints = EndpointLoop(metrics, leads, policy, hands)
         statuses = StatusLoop(metrics, leads, policy, hands)
         policy.endpoints_changed, policy.policies_changed = endpoints.wake, statuses.wake
+        world.pressure, policy.pressure_changed = policy.pressure, loop.wake
 
         def leadership_changed() -> None:
             loop.leadership_changed()

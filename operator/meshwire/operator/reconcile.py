@@ -21,6 +21,7 @@ from meshwire.operator.cidrs import covers
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, KeySecret, Node
 from meshwire.operator.phases import Order
+from meshwire.operator.summary import Pressure
 
 ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
 """Phases in which nodes get keys."""
@@ -30,7 +31,7 @@ ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
 class Inputs:
     """Everything by node name. `status` None: there is no MeshStatus yet. `found_cidrs`: what the
     cluster's own configuration tells of its pod CIDRs; None where it couldn't be read. `recent_ids`:
-    numbers freed lately, the longest free first."""
+    numbers freed lately, the longest free first. `pressure` None: not known yet."""
 
     nodes: Mapping[str, Node]
     mesh_nodes: Mapping[str, MeshNode]
@@ -40,6 +41,7 @@ class Inputs:
     found_cidrs: tuple[Network, ...] | None
     recent_ids: tuple[int, ...]
     now: datetime
+    pressure: Pressure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +108,13 @@ class WriteConfigStatus:
 
 @dataclass(frozen=True, slots=True)
 class WriteStatus:
-    """`create`: the MeshStatus has to be made first."""
+    """`create`: the MeshStatus has to be made first. `under_pressure`: policy maps of some node fill up, as
+    they did not before."""
 
     status: MeshStatus
     create: bool
     previous: Phase
+    under_pressure: bool = False
 
 
 Action = (
@@ -182,6 +186,7 @@ def reconcile(inputs: Inputs) -> Plan:
             conflicts=conflicts,
             config_problem=problem,
             scope=scope,
+            pressure=inputs.pressure,
             previous=previous,
             now=inputs.now,
         )
@@ -205,7 +210,7 @@ def reconcile(inputs: Inputs) -> Plan:
         ),
         _config_actions(inputs, problem),
         (
-            [WriteStatus(status, inputs.status is None, previous.phase)]
+            [WriteStatus(status, inputs.status is None, previous.phase, _begins(previous, status))]
             if inputs.status is None or status != inputs.status
             else []
         ),
@@ -367,6 +372,13 @@ def _scope(cidrs: tuple[Network, ...], nodes: Mapping[str, Node]) -> summary.Sco
 
 def _join(cidrs: tuple[Network, ...]) -> str:
     return ", ".join(str(cidr) for cidr in cidrs)
+
+
+def _begins(previous: MeshStatus, status: MeshStatus) -> bool:
+    before, now = (
+        conditions.find(each.conditions, conditions.POLICY_MAP_PRESSURE) for each in (previous, status)
+    )
+    return bool(now and now.status) and not (before and before.status)
 
 
 def _config_actions(inputs: Inputs, problem: str) -> list[Action]:

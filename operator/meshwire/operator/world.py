@@ -21,6 +21,7 @@ from meshwire.operator import cidrs
 from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
 from meshwire.operator.reconcile import Inputs
 from meshwire.operator.store import Overlay
+from meshwire.operator.summary import Pressure
 from meshwire.operator.watches import Watched
 
 log = structlog.get_logger(__name__)
@@ -60,6 +61,8 @@ class World:
     client: Client
     namespace: str
     watched: Callable[[], Watched] = Watched
+    pressure: Callable[[], Pressure | None] = lambda: None
+    """What the nodes' reports say of policy maps that fill up; None: not known yet."""
     nodes: Overlay[Node] = field(default_factory=Overlay)
     mesh_nodes: Overlay[MeshNode] = field(default_factory=Overlay)
     secrets: Overlay[KeySecret] = field(default_factory=Overlay)
@@ -94,6 +97,7 @@ class World:
             found_cidrs=self._found_cidrs,
             recent_ids=tuple(self.recent_ids),
             now=datetime.now(UTC),
+            pressure=self.pressure(),
         )
 
     async def _relist(self) -> None:
