@@ -155,7 +155,8 @@ OPEN = (
 )
 SHUT = (
     Reason.DROP_POLICY_INGRESS,
-    Reason.DROP_POLICY_EGRESS,
+    # A reply goes by the policy of its flow.
+    Reason.DROP_POLICY_INGRESS,
     Reason.DROP_POLICY_INGRESS,
     Reason.DROP_POLICY_INGRESS,
     Reason.DROP_POLICY_EGRESS,
