@@ -73,6 +73,8 @@ class Map(dict[Any, Any]):
             self.update(key, value)
 
     def delete(self, key: Any) -> None:
+        if self.name == "cidrs":
+            assert not self.kernel.is_needed(key), "rules are in force that can't do without the block"
         self.writes += self.pop(key, None) is not None
         self.kernel.check()
 
@@ -88,6 +90,7 @@ class Kernel:
         self.cidrs, self.identities = Map("cidrs", self), Map("identities", self)
         self.endpoints, self.services = Map("endpoints", self), Map("services", self)
         self.whole: Callable[[int], bool] = lambda number: True
+        self.is_needed: Callable[[Network], bool] = lambda block: False
         self.seen: dict[Any, int] = {}
 
     @property
@@ -118,7 +121,14 @@ class Kernel:
             found = {(key.set, entry_key(key)) for key in self.policies if key.set == number}
             return wanted <= found and (number != CLOSED or not found)
 
-        self.whole = whole
+        def is_needed(block: Network) -> bool:
+            """By the policies that are, for a pod that isn't closed."""
+            return any(
+                entry.set != CLOSED and block in model.compiler.blocks_of(entry.identity, audit=False)
+                for entry in self.endpoints.values()
+            )
+
+        self.whole, self.is_needed = whole, is_needed
         write(model, SimpleNamespace(**vars(self)))  # type: ignore[arg-type]
         assert not model.entries.writes() and not model.entries.deletes()
         assert not model.endpoints.writes() and not model.cidrs.writes()
