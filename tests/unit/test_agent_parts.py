@@ -17,6 +17,7 @@ from meshwire.agent import state
 from meshwire.agent.logs import JsonFormatter
 from meshwire.agent.loop import Health
 from meshwire.agent.metrics import format_metrics
+from meshwire.agent.policy.room import Fill
 from meshwire.agent.settings import InvalidEnvironment, read_settings
 from meshwire.agent.watch import parse_config, parse_node
 from meshwire.api.fields import InvalidSpec
@@ -150,7 +151,8 @@ def test_the_metrics_page() -> None:
         (Reason.DROP_POLICY_INGRESS, Direction.INGRESS): Counter(0, 0),
     }
     health.policy_metrics = {(Reason.DROP_POLICY_INGRESS, Direction.INGRESS): Counter(5, 500)}
-    health.policy_maps = {"policy": (7, 100)}
+    health.policy_maps = {"policy": Fill(7, 100, 3)}
+    health.policy_closed_pods = 2
     lines = list(format_metrics(health, 100.0))
     assert 'meshwire_datapath_packets_total{reason="drop_no_tunnel",direction="egress"} 3' in lines
     assert 'meshwire_datapath_bytes_total{reason="drop_no_tunnel",direction="egress"} 300' in lines
@@ -158,6 +160,8 @@ def test_the_metrics_page() -> None:
     assert 'meshwire_policy_packets_total{reason="drop_policy_ingress",direction="ingress"} 5' in lines
     assert 'meshwire_policy_map_entries{map="policy"} 7' in lines
     assert 'meshwire_policy_map_capacity{map="policy"} 100' in lines
+    assert 'meshwire_policy_map_left_out{map="policy"} 3' in lines
+    assert "meshwire_policy_closed_pods 2" in lines
     assert 'meshwire_peers{device="meshwire_wg1"} 1' in lines
     assert 'meshwire_handshake_age_seconds{device="meshwire_wg1",node="b"} 10.0' in lines
     assert all(line.startswith("# ") or " " in line for line in lines)

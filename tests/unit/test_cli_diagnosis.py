@@ -187,6 +187,33 @@ CASES = (
         expected=(("strict scope", Level.WARN, "NoCIDRs: none known"),),
     ),
     Case(
+        name="policy maps that fill up",
+        status=mesh(
+            Phase.ENFORCING,
+            condition("Ready", True),
+            condition("PolicyMapPressure", True, "MapsFillUp", "b (policy: 83 % of 524288 entries)"),
+        ),
+        ready=True,
+        expected=(("policy maps", Level.WARN, "b (policy: 83 % of 524288 entries)"),),
+    ),
+    Case(
+        name="policy maps that are full",
+        status=mesh(
+            Phase.ENFORCING,
+            condition("Ready", True),
+            condition("PolicyMapPressure", True, "MapFull", "b (policy: no room in 524288 entries)"),
+        ),
+        ready=True,
+        expected=(("policy maps", Level.FAIL, "MapFull: b"),),
+    ),
+    Case(
+        name="policy maps that have room",
+        status=mesh(
+            Phase.ENFORCING, condition("Ready", True), condition("PolicyMapPressure", False, "MapsHaveRoom")
+        ),
+        ready=True,
+    ),
+    Case(
         name="an agent that never came up",
         status=mesh(Phase.ENFORCING, *NOT_READY),
         nodes=(node("a"), node("b", ready=None)),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from meshwire.agent.loop import Health
+from meshwire.agent.metrics import format_metrics
+from meshwire.agent.policy.room import Fill
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +74,19 @@ def test_containers_are_confined(container: dict[str, Any]) -> None:
     assert context["capabilities"]["drop"] == ["ALL"]
     assert set(context["capabilities"].get("add", [])) <= {"NET_ADMIN", "BPF", "PERFMON"}
     assert {"memory"} <= container["resources"]["limits"].keys()
+
+
+def test_alerts_are_on_metrics_that_there_are() -> None:
+    health = Health(policy_maps={"policy": Fill(1, 2)})
+    there = {line.partition("{")[0].split()[0] for line in format_metrics(health, 0.0)}
+    (rules,) = of_kind("PrometheusRule")
+    asked = [
+        name
+        for group in rules["spec"]["groups"]
+        for rule in group["rules"]
+        for name in re.findall(r"meshwire_[a-z_]+", rule["expr"])
+    ]
+    assert len(asked) >= 3 and set(asked) <= there
 
 
 def test_source_roots_hide_no_standard_module() -> None:

@@ -28,7 +28,7 @@ from meshwire.api.meshpolicy import (
     Requirement,
     Selector,
 )
-from meshwire.api.meshpolicyreport import Failure, InForce, MeshPolicyReport
+from meshwire.api.meshpolicyreport import Failure, InForce, MapPressure, MeshPolicyReport
 from meshwire.operator import identities, policyreconcile, policystatus, slices
 from meshwire.operator.identities import GRACE, CreateIdentity, DeleteIdentity, MarkIdentity
 from meshwire.operator.objects import Identity, Namespace, Node, Pod, PolicyObject, PolicyStatus, Slice
@@ -525,11 +525,24 @@ A, B, LATE = report("a", InForce("p", 2, 3)), report("b", InForce("p", 2, 4)), r
         ),
         pytest.param(
             {},
-            {"reports": (A, report("b", failed=(Failure("p", 2, "MapFull", "too many"),)))},
+            {"reports": (A, report("b", failed=(Failure("p", 2, "TooLarge", "too many"),)))},
             "False NodesFailed",
             "False NodesFailed",
             "1/2",
             id="failed",
+        ),
+        pytest.param(
+            {},
+            {
+                "reports": (
+                    report("a", failed=(Failure("p", 2, "TooLarge", "too many"),)),
+                    report("b", failed=(Failure("p", 2, "MapFull", "map policy, which holds 8"),)),
+                )
+            },
+            "False MapFull",
+            "False MapFull",
+            "0/2",
+            id="no room",
         ),
         pytest.param(
             {"selector": selector(app="none")},
@@ -582,7 +595,9 @@ def test_conditions(changes: Any, known: Any, ready: str, enforced: str, nodes: 
     assert status.observed_generation == 2
     assert all(each.observed_generation == 2 for each in status.conditions)
     stalled = conditions.find(status.conditions, conditions.STALLED)
-    assert stalled and stalled.status is (ready.split()[1] in ("Invalid", "NodesFailed"))
+    assert stalled and stalled.status is (ready.split()[1] in ("Invalid", "NodesFailed", "MapFull"))
+    if stalled.reason == "MapFull":
+        assert stalled.message == "a (TooLarge: too many), b (MapFull: map policy, which holds 8)"
     # What has been written is not written again.
     assert statuses(replace(one, status=status), pods=PODS, counters=True, **known) == []
 
@@ -633,7 +648,10 @@ def test_a_policys_projection() -> None:
 
 
 def test_a_report_is_read_as_it_was_written() -> None:
-    one = report("a", InForce("p", 2, 3), failed=(Failure("q", 1, "MapFull", "too many"),))
+    one = replace(
+        report("a", InForce("p", 2, 3), failed=(Failure("q", 1, "MapFull", "too many"),)),
+        pressure=(MapPressure("cidrs", 90, 100), MapPressure("policy", 100, 100, True, 7)),
+    )
     owner = {"ownerReferences": [{"kind": "Node", "uid": "n"}]}
     read = MeshPolicyReport.from_object({"metadata": {"name": "a", **owner}, "status": one.to_dict()})
     assert read == replace(one, owner="n")

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
-from meshwire.api import names
+from meshwire.api import conditions, names
 from meshwire.api.meshconfig import Encryption, MeshConfig, PolicySettings
 from meshwire.api.meshnode import MeshNode, Phase, Spec
+from meshwire.api.meshpolicyreport import MapPressure
+from meshwire.api.meshstatus import MeshStatus
 from meshwire.kube.client import ApiError, Client
+from meshwire.kube.events import Event
 from meshwire.operator import policyloop, policystatus, policyworld, rounds
+from meshwire.operator.apply import Hands
 from meshwire.operator.metrics import Metrics
 from meshwire.operator.objects import Config, Node
 from meshwire.operator.policyapply import PolicyHands
 from meshwire.operator.policyloop import EndpointLoop, StatusLoop
 from meshwire.operator.policyreconcile import Plan
 from meshwire.operator.policyworld import PolicyWorld
+from meshwire.operator.reconcile import Inputs, WriteStatus, reconcile
+from meshwire.operator.summary import Pressure
 from meshwire.operator.watches import Watched
+from meshwire.operator.world import World
 
 MESH = f"/apis/{names.API_VERSION}"
 
@@ -91,6 +99,10 @@ class Server(Client):
         assert method == "PATCH", method
         path = path.removesuffix("/status")
         old = self.objects[path]
+        if "status" in body:
+            # As a merge patch does with null.
+            status = {name: value for name, value in body["status"].items() if value is not None}
+            body = {**body, "status": status}
         if body["metadata"]["resourceVersion"] != old["metadata"]["resourceVersion"]:
             raise ApiError(409, "Conflict", path)
         return self.put(path, {**old, **body, "metadata": old["metadata"] | body["metadata"]})
@@ -350,3 +362,94 @@ async def test_who_knows_no_nodes_yet_deletes_no_endpoints(cluster: Cluster) -> 
     cluster.endpoints.wake()
     await asyncio.sleep(0.2)
     assert "one" in cluster.endpoints_of()
+
+
+async def test_a_map_that_fills_up_is_told_once(cluster: Cluster) -> None:
+    """From a node's report to the condition of MeshStatus and one Event."""
+    changes: list[Pressure | None] = []
+    cluster.world.pressure_changed = lambda: changes.append(cluster.world.pressure())
+    events: list[Event] = []
+    world = World(cluster.server, "ns", pressure=cluster.world.pressure)
+    hands = Hands(cluster.server, world, events.append)
+    report = f"{MESH}/{names.MESHPOLICYREPORTS}/a"
+    status: MeshStatus | None = None
+
+    async def look(*, live: bool = True) -> conditions.Condition | None:
+        """As the loop of nodes does, for a node that has had its part."""
+        nonlocal status
+        plan = reconcile(
+            Inputs(
+                nodes={"a": Node(name="a", uid="node-a", live=live)},
+                mesh_nodes={"a": MeshNode(name="a", owner="node-a")},
+                secrets={},
+                config=None,
+                status=status,
+                found_cidrs=(),
+                recent_ids=(),
+                now=datetime(2026, 1, 1, tzinfo=UTC),
+                pressure=world.pressure(),
+            )
+        )
+        for action in plan.actions:
+            if isinstance(action, WriteStatus):
+                await hands.apply(action)
+                (found,) = cluster.server.of(names.MESHSTATUSES).values()
+                status = MeshStatus.from_object(found)
+        assert status
+        return conditions.find(status.conditions, conditions.POLICY_MAP_PRESSURE)
+
+    async def say(*pressure: MapPressure, enabled: bool = True) -> None:
+        told = {each.map: vars_of(each) for each in pressure}
+        cluster.server.put(
+            report,
+            {"metadata": {"name": "a"}, "status": {"enabled": enabled, "mapPressure": list(told.values())}},
+        )
+        wanted = Pressure(enabled, {"a": pressure} if pressure else {})
+        await cluster.until(lambda: cluster.world.pressure() == wanted)
+
+    def vars_of(each: MapPressure) -> dict[str, Any]:
+        return {
+            "map": each.map,
+            "entries": each.entries,
+            "capacity": each.capacity,
+            "full": each.full,
+            "leftOut": each.left_out,
+        }
+
+    await cluster.until(lambda: report in cluster.server.objects)
+    await cluster.until(lambda: cluster.world.pressure() == Pressure(False, {}))
+    assert await look() is None
+    await say()
+    found = await look()
+    assert found and (found.status, found.reason) == (False, "MapsHaveRoom")
+
+    await say(MapPressure("policy", 83, 100))
+    found = await look()
+    assert found and (found.status, found.reason) == (True, "MapsFillUp")
+    assert "a (policy: 83 % of 100 entries)" in found.message
+    await say(
+        MapPressure("policy", 100, 100, True, 7),
+        MapPressure("services", 100, 100, True, 1),
+        MapPressure("cidrs", 90, 100),
+    )
+    found = await look()
+    assert found and (found.status, found.reason) == (True, "MapFull")
+    assert found.message == (
+        "policy maps of these nodes are full: a (policy: pods are closed, no room in 100 entries, "
+        "services: services are judged as ordinary addresses, no room in 100 entries, "
+        "cidrs: 90 % of 100 entries)"
+    )
+    (event,) = [each for each in events if each.reason == "PolicyMapPressure"]
+    assert event.warning and event.kind == "MeshStatus" and "83 %" in event.note
+    # An operator that starts doesn't know yet: what was said stays.
+    world.pressure = lambda: None
+    found = await look()
+    assert found and found.status is True
+    world.pressure = cluster.world.pressure
+    found = await look(live=False)
+    assert found and found.status is False
+    await say(enabled=False)
+    found = await look()
+    assert found and (found.status, found.reason) == (False, "PolicyDisabled")
+    assert len([each for each in events if each.reason == "PolicyMapPressure"]) == 1
+    assert len(changes) >= 4 and None not in changes

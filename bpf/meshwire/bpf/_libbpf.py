@@ -44,6 +44,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "bpf_map__key_size": (c_uint32, [c_void_p]),
     "bpf_map__value_size": (c_uint32, [c_void_p]),
     "bpf_map__max_entries": (c_uint32, [c_void_p]),
+    "bpf_map__set_max_entries": (c_int, [c_void_p, c_uint32]),
     "bpf_map__map_flags": (c_uint32, [c_void_p]),
     "bpf_map__btf_key_type_id": (c_uint32, [c_void_p]),
     "bpf_map__btf_value_type_id": (c_uint32, [c_void_p]),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from ctypes import byref
 from dataclasses import dataclass
@@ -85,8 +86,11 @@ class Programs:
         self._resources = resources
 
     @classmethod
-    def load(cls, pin_directory: Path, *, objects: Path = OBJECTS) -> Programs:
+    def load(
+        cls, pin_directory: Path, *, objects: Path = OBJECTS, capacities: Mapping[str, int] | None = None
+    ) -> Programs:
         """Loads every `*.bpf.o` in `objects`; maps are taken from `pin_directory` or pinned there.
+        `capacities`: entries of maps, by name, that are to have room for others than they declare.
 
         Raises Refused, IncompatibleMap, FileNotFoundError where there are no objects, and OSError for
         anything else, e.g. a pin directory outside of a bpffs."""
@@ -97,7 +101,7 @@ class Programs:
         with ExitStack() as resources:
             programs: dict[str, Program] = {}
             for path in paths:
-                programs |= _load_object(path, pin_directory, resources)
+                programs |= _load_object(path, pin_directory, capacities or {}, resources)
             return cls(programs, resources.pop_all())
 
     def get(self, name: str) -> Program:
@@ -148,7 +152,9 @@ def instructions(program: Program) -> tuple[int, int]:
     return info.xlated_prog_len // 8, info.verified_insns
 
 
-def _load_object(path: Path, pin_directory: Path, resources: ExitStack) -> dict[str, Program]:
+def _load_object(
+    path: Path, pin_directory: Path, capacities: Mapping[str, int], resources: ExitStack
+) -> dict[str, Program]:
     bpf = library()
     options = OpenOptions(sz=ctypes.sizeof(OpenOptions), pin_root_path=os.fsencode(pin_directory))
     with collected_warnings() as warnings:
@@ -157,6 +163,9 @@ def _load_object(path: Path, pin_directory: Path, resources: ExitStack) -> dict[
             raise OSError(ctypes.get_errno(), _joined(f"can't read {path}", warnings))
         resources.callback(bpf.bpf_object__close, handle)
         for pinned in _children(handle, bpf.bpf_object__next_map):
+            name = bpf.bpf_map__name(pinned).decode()
+            if name in capacities:
+                check(bpf.bpf_map__set_max_entries(pinned, capacities[name]), f"sizing {name}")
             _check_compatible(handle, pinned)
 
         functions = list(_children(handle, bpf.bpf_object__next_program))

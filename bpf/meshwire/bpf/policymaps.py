@@ -31,7 +31,7 @@ from meshwire.bpf._elements import (
     update,
     update_many,
 )
-from meshwire.bpf._libbpf import SampleFunction, check, library
+from meshwire.bpf._libbpf import SampleFunction, check, library, map_info
 from meshwire.bpf.layouts import Direction, Family, Prefix, Reason
 from meshwire.bpf.maps import Metrics
 from meshwire.bpf.policylayouts import (
@@ -405,9 +405,11 @@ class PolicyMaps:
         metrics: Metrics,
         events: int,
         event_budget: int,
+        capacities: Mapping[str, int],
         resources: ExitStack,
     ) -> None:
-        """`events` and `event_budget` are file descriptors."""
+        """`events` and `event_budget` are file descriptors. `capacities`: how many entries there is room
+        for, by the name of the map."""
         self.identities = identities
         self.cidrs = cidrs
         self.endpoints = endpoints
@@ -418,15 +420,19 @@ class PolicyMaps:
         self.metrics = metrics
         self._events = events
         self._event_budget = event_budget
+        self.capacities = capacities
         self._resources = resources
 
     @classmethod
     def open(cls, pin_directory: Path) -> PolicyMaps:
         """Raises FileNotFoundError where they have not been loaded yet, and other OSErrors."""
         with ExitStack() as resources:
+            capacities: dict[str, int] = {}
 
             def opened(name: str) -> int:
-                return open_pinned(pin_directory / name, resources)
+                fd = open_pinned(pin_directory / name, resources)
+                capacities[name] = map_info(fd).max_entries
+                return fd
 
             return cls(
                 identities=Identities(opened("identities")),
@@ -439,6 +445,7 @@ class PolicyMaps:
                 metrics=Metrics(opened("policy_metrics")),
                 events=opened("events"),
                 event_budget=opened("event_budget"),
+                capacities=capacities,
                 resources=resources.pop_all(),
             )
 

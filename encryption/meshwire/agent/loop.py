@@ -18,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import state
 from meshwire.agent.kernel import Kernel, Metrics, Part
+from meshwire.agent.policy.room import Fill
 from meshwire.agent.settings import Settings
 from meshwire.agent.userspace import CannotStart
 from meshwire.agent.watch import World
@@ -73,8 +74,9 @@ class Health:
     observed: Observed | None = None
     metrics: Metrics = field(default_factory=dict)
     policy_metrics: Metrics = field(default_factory=dict)
-    policy_maps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Name -> entries, and how many there is room for."""
+    policy_maps: Mapping[str, Fill] = field(default_factory=dict)
+    """By name."""
+    policy_closed_pods: int = 0
 
 
 @dataclass(frozen=True, slots=True)

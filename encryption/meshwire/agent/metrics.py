@@ -51,13 +51,18 @@ def format_metrics(health: Health, now: float) -> Iterator[str]:
                     continue
                 labels = f'reason="{reason.name.lower()}",direction="{direction.name.lower()}"'
                 yield f"{name}{{{labels}}} {counter.packets if unit == 'packets' else counter.bytes}"
-    for name, text, which in (
-        ("entries", "Entries of the policy programs' maps.", 0),
-        ("capacity", "Entries that there is room for.", 1),
+    for name, text in (
+        ("entries", "Entries of the policy programs' maps."),
+        ("capacity", "Entries that there is room for."),
+        ("left_out", "Entries that there is no room for."),
     ):
         yield from _head(f"meshwire_policy_map_{name}", "gauge", text)
-        for map_name, pair in sorted(health.policy_maps.items()):
-            yield f'meshwire_policy_map_{name}{{map="{map_name}"}} {pair[which]}'
+        for map_name, fill in sorted(health.policy_maps.items()):
+            yield f'meshwire_policy_map_{name}{{map="{map_name}"}} {getattr(fill, name)}'
+    yield from _head(
+        "meshwire_policy_closed_pods", "gauge", "Pods that get and send nothing, for want of room."
+    )
+    yield f"meshwire_policy_closed_pods {health.policy_closed_pods}"
     if health.desired is None or health.observed is None:
         return
     yield from _head("meshwire_peers", "gauge", "Peers by device.")

@@ -13,6 +13,13 @@ MAX_POLICIES: Final = 4096
 """Of each list. A node with more reports the first ones."""
 MAX_MESSAGE: Final = 256
 """Characters of a failure's message; longer ones are cut."""
+MAX_MAPS: Final = 16
+
+INVALID: Final = "Invalid"
+TOO_LARGE: Final = "TooLarge"
+MAP_FULL: Final = "MapFull"
+"""Reasons of a Failure: the policy can't be read; its entries are more than one pod may have; a map of the
+node has no room for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,22 @@ class Failure:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class MapPressure:
+    """A map of the node's datapath that fills up: `entries` of `capacity`, as of when that began. `full`:
+    there is something that it has no room for, `left_out` entries then."""
+
+    map: str
+    entries: int
+    capacity: int
+    full: bool = False
+    left_out: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPolicyReport:
     """`name` is the node's; `owner` the uid of the Node it stands for. `enabled`: the node judges packets by
-    policies at all."""
+    policies at all. `pressure`: maps that fill up; none while there is room."""
 
     name: str
     uid: str = ""
@@ -47,6 +66,7 @@ class MeshPolicyReport:
     enabled: bool = False
     policies: tuple[InForce, ...] = ()
     failed: tuple[Failure, ...] = ()
+    pressure: tuple[MapPressure, ...] = ()
 
     @classmethod
     def from_object(cls, source: Mapping[str, Any]) -> MeshPolicyReport:
@@ -68,6 +88,7 @@ class MeshPolicyReport:
             enabled=fields.boolean(status, "enabled", "status", default=False),
             policies=fields.listed(status, "policies", "status", _in_force),
             failed=fields.listed(status, "failed", "status", _failure),
+            pressure=fields.listed(status, "mapPressure", "status", _pressure),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +109,16 @@ class MeshPolicyReport:
                 }
                 for item in self.failed[:MAX_POLICIES]
             ],
+            "mapPressure": [
+                {
+                    "map": item.map,
+                    "entries": item.entries,
+                    "capacity": item.capacity,
+                    "full": item.full,
+                    "leftOut": item.left_out,
+                }
+                for item in self.pressure[:MAX_MAPS]
+            ],
         }
 
 
@@ -107,6 +138,17 @@ def _failure(value: Any, path: str) -> Failure:
         generation=fields.integer(source, "generation", path, default=0),
         reason=fields.text(source, "reason", path),
         message=fields.text(source, "message", path),
+    )
+
+
+def _pressure(value: Any, path: str) -> MapPressure:
+    source = _object(value, path)
+    return MapPressure(
+        map=fields.text(source, "map", path),
+        entries=fields.integer(source, "entries", path, default=0),
+        capacity=fields.integer(source, "capacity", path, default=0),
+        full=fields.boolean(source, "full", path, default=False),
+        left_out=fields.integer(source, "leftOut", path, default=0),
     )
 
 

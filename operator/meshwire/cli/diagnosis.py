@@ -10,6 +10,7 @@ from typing import Any, Final
 from meshwire.api import conditions, names
 from meshwire.api.meshconfig import MeshConfig, Mode, Userspace
 from meshwire.api.meshnode import Implementation, MeshNode, Phase
+from meshwire.api.meshpolicyreport import MAP_FULL
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.cli.findings import Finding, failure, warning
 
@@ -135,6 +136,18 @@ def _diagnose_mesh(snapshot: Snapshot) -> Iterator[Finding]:
             _words(scope),
             why="packets to a pod of a node that nobody has heard of yet can't be told from other traffic",
             todo="set spec.network.clusterCIDRs in the MeshConfig to all pod addresses of the cluster",
+        )
+    pressure = conditions.find(status.conditions, conditions.POLICY_MAP_PRESSURE)
+    if pressure and pressure.status:
+        is_full = pressure.reason == MAP_FULL
+        yield (failure if is_full else warning)(
+            "policy maps",
+            _words(pressure),
+            why="pods whose rules don't fit are closed, and addresses that don't fit belong to nobody"
+            if is_full
+            else "pods whose rules won't fit will be closed",
+            todo="write policies with fewer single ports and blocks, leave labels that differ from pod to"
+            " pod out of identities (spec.policy.excludedLabels), or have fewer kinds of pods on the node",
         )
 
 

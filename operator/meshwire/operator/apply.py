@@ -268,6 +268,21 @@ class Hands:
                 )
             )
 
+        pressure = conditions.find(action.status.conditions, conditions.POLICY_MAP_PRESSURE)
+        if action.under_pressure and pressure:
+            self.announce(
+                Event(
+                    kind="MeshStatus",
+                    name=names.STATUS_NAME,
+                    uid=uid,
+                    api_version=names.API_VERSION,
+                    reason=conditions.POLICY_MAP_PRESSURE,
+                    action="JudgePolicy",
+                    note=pressure.message,
+                    warning=True,
+                )
+            )
+
     async def _delete(self, path: str, uid: str) -> None:
         """Deletes that very object; one that is gone already is no error."""
         body = {"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": uid}}

@@ -51,6 +51,7 @@ async def run(settings: Settings, cluster: Cluster) -> None:
         statuses = StatusLoop(metrics, leads, policy, hands)
         policy.endpoints_changed, policy.policies_changed = endpoints.wake, statuses.wake
         world.published, endpoints.published_changed = lambda: endpoints.published, loop.wake
+        world.pressure, policy.pressure_changed = policy.pressure, loop.wake
 
         def leadership_changed() -> None:
             loop.leadership_changed()

@@ -13,7 +13,7 @@ from meshwire.api import conditions
 from meshwire.api.conditions import Condition
 from meshwire.api.meshconfig import PolicySettings
 from meshwire.api.meshpolicy import PolicyMode, Selector
-from meshwire.api.meshpolicyreport import Failure, MeshPolicyReport
+from meshwire.api.meshpolicyreport import MAP_FULL, Failure, MeshPolicyReport
 from meshwire.operator.objects import Namespace, Node, Pod, PolicyObject, PolicyStatus
 from meshwire.operator.policyreconcile import pod_labels
 from meshwire.operator.summary import listed
@@ -147,7 +147,9 @@ def _status(
     elif not enabled:
         in_force, reason, message = False, "PolicyDisabled", "spec.policy.enabled of the MeshConfig is false"
     elif failed:
-        in_force, reason = False, "NodesFailed"
+        # Where it is pods that are closed, whoever is alarmed wants to know that first.
+        is_full = any(failure.reason == MAP_FULL for failure in failed.values())
+        in_force, reason = False, MAP_FULL if is_full else "NodesFailed"
         message = listed(failed, lambda node: f"{failed[node].reason}: {failed[node].message}")
     elif pending:
         in_force, reason = False, "NodesPending"

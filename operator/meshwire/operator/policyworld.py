@@ -26,6 +26,7 @@ from meshwire.operator.cidrs import without_cidr
 from meshwire.operator.identities import GRACE
 from meshwire.operator.objects import Config, Identity, Namespace, Pod, PolicyObject, Slice
 from meshwire.operator.store import Overlay
+from meshwire.operator.summary import Pressure
 from meshwire.operator.watches import Watched
 from meshwire.operator.world import MESH_PATH, list_all
 
@@ -150,13 +151,15 @@ class Watch(Generic[T]):
 @dataclass(slots=True)
 class PolicyWorld:
     """`mesh` are the watches of nodes and settings, which the encryption's loop has anyway. One callback
-    says that there is something to look at for identities and endpoints, the other for what is said about
-    policies. Watches run on every replica, so that the next leader knows all."""
+    says that there is something to look at for identities and endpoints, one for what is said about
+    policies, and one that other maps fill up. Watches run on every replica, so that the next leader knows
+    all."""
 
     client: Client
     mesh: Callable[[], Watched]
     endpoints_changed: Callable[[], None] = lambda: None
     policies_changed: Callable[[], None] = lambda: None
+    pressure_changed: Callable[[], None] = lambda: None
     mesh_changed: asyncio.Event = field(default_factory=asyncio.Event)
     """To be set when `mesh` has something new."""
     stale: set[str] = field(default_factory=set)
@@ -165,6 +168,7 @@ class PolicyWorld:
     """Numbers of deleted identities, and when."""
     watches: dict[str, Watch[Any]] = field(init=False)
     _overlays: dict[str, Overlay[Any]] = field(init=False)
+    _pressure: Pressure | None = None
 
     def __post_init__(self) -> None:
         self.watches = {
@@ -194,8 +198,9 @@ class PolicyWorld:
             self.watches[resource].changed = self._both_changed
         for resource in (names.MESHIDENTITIES, names.MESHENDPOINTSLICES):
             self.watches[resource].changed = self._endpoints_changed
-        for resource in (names.MESHPOLICIES, names.CLUSTERMESHPOLICIES, names.MESHPOLICYREPORTS):
+        for resource in (names.MESHPOLICIES, names.CLUSTERMESHPOLICIES):
             self.watches[resource].changed = self._policies_changed
+        self.watches[names.MESHPOLICYREPORTS].changed = self._reports_changed
 
     async def wait_for_kinds(self) -> None:
         """For ever. The watches begin when there is something to watch."""
@@ -300,6 +305,14 @@ class PolicyWorld:
             now=datetime.now(UTC),
         )
 
+    def pressure(self) -> Pressure | None:
+        """Policy maps that fill up; None: not known yet."""
+        watch = self.watches[names.MESHPOLICYREPORTS]
+        if not watch.complete:
+            return self._pressure
+        reports = [report for report in watch.items.values() if report.enabled]
+        return Pressure(bool(reports), {each.name: each.pressure for each in reports if each.pressure})
+
     def _complete(self, *resources: str) -> bool:
         return all(self.watches[resource].complete for resource in resources)
 
@@ -358,6 +371,12 @@ class PolicyWorld:
 
     def _policies_changed(self) -> None:
         self.policies_changed()
+
+    def _reports_changed(self) -> None:
+        self.policies_changed()
+        if (pressure := self.pressure()) != self._pressure:
+            self._pressure = pressure
+            self.pressure_changed()
 
     def _both_changed(self) -> None:
         self.endpoints_changed()

@@ -21,6 +21,7 @@ from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, KeySecret, Node
 from meshwire.operator.phases import Order
+from meshwire.operator.summary import Pressure
 
 ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
 """Phases in which nodes get keys."""
@@ -31,7 +32,7 @@ class Inputs:
     """Everything by node name. `status` None: there is no MeshStatus yet. `found_cidrs`: what the
     cluster's own configuration tells of its pod CIDRs; None where it couldn't be read. `recent_ids`:
     numbers freed lately, the longest free first. `published`: what agents can know of pods on nodes without
-    CIDR."""
+    CIDR. `pressure` None: not known yet."""
 
     nodes: Mapping[str, Node]
     mesh_nodes: Mapping[str, MeshNode]
@@ -42,6 +43,7 @@ class Inputs:
     recent_ids: tuple[int, ...]
     now: datetime
     published: Published = Published()
+    pressure: Pressure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +110,13 @@ class WriteConfigStatus:
 
 @dataclass(frozen=True, slots=True)
 class WriteStatus:
-    """`create`: the MeshStatus has to be made first."""
+    """`create`: the MeshStatus has to be made first. `under_pressure`: policy maps of some node fill up, as
+    they did not before."""
 
     status: MeshStatus
     create: bool
     previous: Phase
+    under_pressure: bool = False
 
 
 Action = (
@@ -184,6 +188,7 @@ def reconcile(inputs: Inputs) -> Plan:
             conflicts=conflicts,
             config_problem=problem,
             scope=scope,
+            pressure=inputs.pressure,
             previous=previous,
             now=inputs.now,
         )
@@ -207,7 +212,7 @@ def reconcile(inputs: Inputs) -> Plan:
         ),
         _config_actions(inputs, problem),
         (
-            [WriteStatus(status, inputs.status is None, previous.phase)]
+            [WriteStatus(status, inputs.status is None, previous.phase, _begins(previous, status))]
             if inputs.status is None or status != inputs.status
             else []
         ),
@@ -388,6 +393,13 @@ def _of(families: Iterable[int]) -> str:
 
 def _join(cidrs: tuple[Network, ...]) -> str:
     return ", ".join(str(cidr) for cidr in cidrs)
+
+
+def _begins(previous: MeshStatus, status: MeshStatus) -> bool:
+    before, now = (
+        conditions.find(each.conditions, conditions.POLICY_MAP_PRESSURE) for each in (previous, status)
+    )
+    return bool(now and now.status) and not (before and before.status)
 
 
 def _config_actions(inputs: Inputs, problem: str) -> list[Action]:

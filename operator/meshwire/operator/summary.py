@@ -10,6 +10,7 @@ from typing import Final
 from meshwire.api import conditions, names
 from meshwire.api.meshconfig import Mode
 from meshwire.api.meshnode import MeshNode, Phase
+from meshwire.api.meshpolicyreport import MAP_FULL, MapPressure
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.operator.claims import Conflict
 from meshwire.operator.objects import Node
@@ -45,10 +46,26 @@ class Scope:
     message: str
 
 
+LEFT_OUT: Final[Mapping[str, str]] = {
+    "identities": "addresses are unknown",
+    "services": "services are judged as ordinary addresses",
+}
+"""What becomes of whatever a map has no room for; in any other, pods are closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pressure:
+    """What the nodes report of their policy maps. `enabled`: any node judges packets by policies; `nodes`:
+    maps that fill up, of those nodes that have such."""
+
+    enabled: bool
+    nodes: Mapping[str, tuple[MapPressure, ...]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """What `summarize` looks at. `order` is the one in force, `has_keys` whether any key of its epoch
-    exists, `config_problem` why the MeshConfig is not acted upon."""
+    exists, `config_problem` why the MeshConfig is not acted upon. `pressure` None: not known yet."""
 
     nodes: Mapping[str, Node]
     mesh_nodes: Mapping[str, MeshNode]
@@ -59,6 +76,7 @@ class View:
     conflicts: Sequence[Conflict]
     config_problem: str
     scope: Scope
+    pressure: Pressure | None
     previous: MeshStatus
     now: datetime
 
@@ -133,6 +151,16 @@ def summarize(view: View) -> MeshStatus:
             observed_generation=1,
             now=view.now,
         )
+    if state := _pressure(view):
+        result = conditions.set_condition(
+            result,
+            type=conditions.POLICY_MAP_PRESSURE,
+            status=state[0],
+            reason=state[1],
+            message=state[2],
+            observed_generation=1,
+            now=view.now,
+        )
     return MeshStatus(
         encryption=_encryption(view, len(moved), len(live)),
         phase=phase,
@@ -155,6 +183,38 @@ def listed(names: Collection[str], detail: Callable[[str], str | None] = lambda 
     shown = [f"{name} ({why})" if (why := detail(name)) else name for name in sorted(names)[:MAX_NAMES]]
     rest = len(names) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _pressure(view: View) -> tuple[bool, str, str] | None:
+    """Status, reason and message of the condition; None: as it is. It is not there before policy was on."""
+    if view.pressure is None:
+        return None
+    if not view.pressure.enabled:
+        is_known = conditions.find(view.previous.conditions, conditions.POLICY_MAP_PRESSURE)
+        return (False, "PolicyDisabled", "") if is_known else None
+    # A node that is not live goes on judging by what its maps hold, but nobody can say how full they are.
+    nodes = {
+        name: found
+        for name, found in view.pressure.nodes.items()
+        if name in view.nodes and view.nodes[name].live
+    }
+    if not nodes:
+        return False, "MapsHaveRoom", ""
+    full = {name for name, found in nodes.items() if any(each.full for each in found)}
+
+    def words(name: str) -> str:
+        return ", ".join(_fill(each) for each in nodes[name])
+
+    if full:
+        return True, MAP_FULL, f"policy maps of these nodes are full: {listed(full, words)}"
+    return True, "MapsFillUp", f"policy maps of these nodes fill up: {listed(nodes, words)}"
+
+
+def _fill(each: MapPressure) -> str:
+    share = 100 * each.entries // max(1, each.capacity)
+    if not each.full:
+        return f"{each.map}: {share} % of {each.capacity} entries"
+    return f"{each.map}: {LEFT_OUT.get(each.map, 'pods are closed')}, no room in {each.capacity} entries"
 
 
 def _problem(view: View, node: MeshNode | None) -> str:

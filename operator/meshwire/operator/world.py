@@ -22,6 +22,7 @@ from meshwire.operator.cidrs import Published
 from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
 from meshwire.operator.reconcile import Inputs
 from meshwire.operator.store import Overlay
+from meshwire.operator.summary import Pressure
 from meshwire.operator.watches import Watched
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,8 @@ class World:
     namespace: str
     watched: Callable[[], Watched] = Watched
     published: Callable[[], Published] = Published
+    pressure: Callable[[], Pressure | None] = lambda: None
+    """What the nodes' reports say of policy maps that fill up; None: not known yet."""
     nodes: Overlay[Node] = field(default_factory=Overlay)
     mesh_nodes: Overlay[MeshNode] = field(default_factory=Overlay)
     secrets: Overlay[KeySecret] = field(default_factory=Overlay)
@@ -97,6 +100,7 @@ class World:
             recent_ids=tuple(self.recent_ids),
             published=self.published(),
             now=datetime.now(UTC),
+            pressure=self.pressure(),
         )
 
     async def _relist(self) -> None:

@@ -106,8 +106,8 @@ class Deltas:
 @dataclass(frozen=True, slots=True)
 class TooLarge:
     """The rules of a subject need more entries than there may be. Not in `audit`: the subject keeps the last
-    sets that were not too large, and one without any is closed in the directions it has rules for. In
-    `audit`: it has no audit set."""
+    sets that were not too large, and one without any is closed in both directions. In `audit`: it has no
+    audit set."""
 
     subject: int
     entries: int
@@ -327,6 +327,20 @@ class Compiler:
                 if layer is not None and self._is_over(layer)
             ),
         )
+
+    def blocks_of(self, subject: int, *, audit: bool) -> frozenset[Network]:
+        """The blocks of addresses that rules of its policies name, exceptions among them: without one of
+        these in `cidrs` its sets say something else. `audit`: those of policies in mode Audit as well."""
+        found: set[Network] = set()
+        if (known := self._subjects.get(subject)) is not None:
+            for uid in known.policies:
+                policy = self._policies[uid]
+                if audit or policy.policy.mode is PolicyMode.ENFORCE:
+                    for rule in policy.rules:
+                        for use in rule.blocks:
+                            found.add(use.peer.cidr)
+                            found.update(use.peer.excepts)
+        return frozenset(found)
 
     # Which policies select which subjects, and what their rules then depend on.
 
@@ -689,9 +703,8 @@ class _Layer:
         )
 
     def closed(self) -> PolicySet:
-        """For want of a set that fits."""
-        ruled = {direction for direction, half in self.halves.items() if half.rules}
-        return PolicySet(self.enforced | ruled, frozenset(), {})
+        """For want of a set that fits. In both directions: half a pod would be as nobody has written it."""
+        return PolicySet(frozenset(Direction), frozenset(), {})
 
 
 @dataclass(slots=True, eq=False)

@@ -21,12 +21,24 @@ from meshwire.agent.policy.events import Hub
 from meshwire.agent.policy.feed import Feed, News, sources, watch
 from meshwire.agent.policy.kernel import PolicyKernel
 from meshwire.agent.policy.model import Model, Surroundings
+from meshwire.agent.policy.room import Fill, pressure
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
 from meshwire.api import names
 from meshwire.api.fields import Network
 from meshwire.api.meshconfig import MeshConfig, PolicySettings
-from meshwire.api.meshpolicyreport import MAX_MESSAGE, MAX_POLICIES, Failure, InForce, MeshPolicyReport
+from meshwire.api.meshpolicy import PolicyMode
+from meshwire.api.meshpolicyreport import (
+    INVALID,
+    MAP_FULL,
+    MAX_MESSAGE,
+    MAX_POLICIES,
+    TOO_LARGE,
+    Failure,
+    InForce,
+    MapPressure,
+    MeshPolicyReport,
+)
 from meshwire.encryption.model import DEVICE_ADDRESS, DEVICES, Link
 from meshwire.kube.client import ApiError, Client
 
@@ -47,18 +59,22 @@ NEVER: Final = float("-inf")
 """On time.monotonic()'s clock."""
 REPORT_EVERY: Final = 0.5
 """Seconds between reports."""
+MAX_NAMES: Final = 5
+"""Pods that the log names before it only counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What one run came to. `waiting`: for devices of pods. `in_force` are policies that select pods of this
-    node, `failed` those that it can't carry out."""
+    node, `failed` those that it can't carry out. `closed`: namespace/name of the pods that get and send
+    nothing, for want of room."""
 
     waiting: bool
     in_force: tuple[InForce, ...]
     failed: tuple[Failure, ...]
     metrics: Metrics
-    maps: Mapping[str, tuple[int, int]]
+    maps: Mapping[str, Fill]
+    closed: tuple[str, ...]
 
 
 class Enforcer:
@@ -90,6 +106,8 @@ class Enforcer:
         self._synced_at = self._looked_at = NEVER
         self._guessed: frozenset[int] = frozenset()
         self._around: tuple[object, Surroundings] = (None, Surroundings())
+        self._pressure: tuple[MapPressure, ...] = ()
+        self._closed: tuple[str, ...] = ()
         self._hub = Hub(settings.node, settings.run_directory, lambda: self._model)
 
     def follow(self, source: Callable[[], World]) -> None:
@@ -149,6 +167,8 @@ class Enforcer:
                 self._stale, self._synced_at = False, time.monotonic()
                 self._hub.open(None)
                 await self._in_thread(self._kernel.remove)
+            self._pressure, self._closed = (), ()
+            self._health.policy_maps, self._health.policy_closed_pods = {}, 0
             self._report(MeshPolicyReport(name=self._settings.node, enabled=False))
             return RESYNC
         self._watch_what_is_asked(self._asked)
@@ -161,13 +181,19 @@ class Enforcer:
         if stale:
             self._looked_at = now
         self._health.policy_metrics, self._health.policy_maps = outcome.metrics, outcome.maps
+        self._health.policy_closed_pods = len(outcome.closed)
+        self._tell_of_room(outcome)
         if not self._hub.is_open:
             self._hub.open(await self._in_thread(self._kernel.open_events))
         if resync:
             self._synced_at = now
         self._report(
             MeshPolicyReport(
-                name=self._settings.node, enabled=True, policies=outcome.in_force, failed=outcome.failed
+                name=self._settings.node,
+                enabled=True,
+                policies=outcome.in_force,
+                failed=outcome.failed,
+                pressure=self._pressure,
             )
         )
         if outcome.waiting:
@@ -249,12 +275,16 @@ class Enforcer:
         self._kernel.apply(
             model, outward, self._guessed, skips_stack=asked.skips_stack, resync=resync, fresh=stale
         )
+        failed = _failed(model)
         return Outcome(
             waiting=bool(model.waiting_for_device()),
-            in_force=_in_force(model, self._hub.would_deny),
-            failed=_failed(model),
+            in_force=_in_force(model, failed, self._hub.would_deny),
+            failed=failed,
             metrics=self._kernel.metrics(),
             maps=self._kernel.fill_of(model),
+            closed=tuple(
+                sorted(f"{model.pods[uid].namespace}/{model.pods[uid].name}" for uid in model.closed_pods())
+            ),
         )
 
     def _surroundings(self, world: World, asked: PolicySettings, links: Mapping[str, Link]) -> Surroundings:
@@ -292,6 +322,29 @@ class Enforcer:
 
     # Reports
 
+    def _tell_of_room(self, outcome: Outcome) -> None:
+        """Once for each change; how much there is now is in the metrics."""
+        before, self._pressure = self._pressure, pressure(self._pressure, outcome.maps)
+        for each in self._pressure:
+            if each not in before:
+                log.warning(
+                    "policy: map %s has %d of %d entries%s",
+                    each.map,
+                    each.entries,
+                    each.capacity,
+                    f" and no room for {each.left_out} more" if each.full else "",
+                )
+        for name in sorted({each.map for each in before} - {each.map for each in self._pressure}):
+            log.info("policy: map %s has room again", name)
+        if outcome.closed != self._closed:
+            self._closed = outcome.closed
+            if self._closed:
+                shown = ", ".join(self._closed[:MAX_NAMES])
+                more = f" and {len(self._closed) - MAX_NAMES} more" if len(self._closed) > MAX_NAMES else ""
+                log.warning("policy: closed, as there is no room for their rules: %s%s", shown, more)
+            else:
+                log.info("policy: there is room for the rules of all pods again")
+
     def _report(self, report: MeshPolicyReport) -> None:
         if report != self._to_report:
             self._to_report = report
@@ -325,24 +378,35 @@ def _take_all(feed: Feed, news: Iterable[News]) -> None:
         feed.take(item)
 
 
-def _in_force(model: Model, would_deny: Mapping[str, int]) -> tuple[InForce, ...]:
+def _in_force(model: Model, failed: Iterable[Failure], would_deny: Mapping[str, int]) -> tuple[InForce, ...]:
+    out = {failure.uid for failure in failed}
     concerned = sorted(model.concerned(), key=lambda policy: policy.uid)
     return tuple(
         InForce(policy.uid, policy.generation, would_deny.get(policy.uid, 0))
         for policy in concerned
-        if policy.uid not in model.refused
+        if policy.uid not in out
     )[:MAX_POLICIES]
 
 
 def _failed(model: Model) -> tuple[Failure, ...]:
-    found = [
-        Failure(refused.uid, refused.generation, "Invalid", str(refused.error)[:MAX_MESSAGE])
+    """One for each policy: of several reasons the first, of several pods the first identity's."""
+    found: dict[str, Failure] = {
+        refused.uid: Failure(refused.uid, refused.generation, INVALID, str(refused.error)[:MAX_MESSAGE])
         for refused in model.refused.values()
-    ]
+    }
+
+    def fail(subject: int, is_audit: bool, reason: str, message: str) -> None:
+        for policy in model.policies_of(subject):
+            # Where only the set of audit is missing, what is to be enforced is.
+            if not is_audit or policy.mode is PolicyMode.AUDIT:
+                found.setdefault(
+                    policy.uid, Failure(policy.uid, policy.generation, reason, message[:MAX_MESSAGE])
+                )
+
     for problem in model.problems:
         message = f"{problem.entries} entries for one pod where {problem.limit} fit"
-        found += [
-            Failure(policy.uid, policy.generation, "TooLarge", message)
-            for policy in model.policies_of(problem.subject)
-        ]
-    return tuple(sorted(found, key=lambda failure: failure.uid))[:MAX_POLICIES]
+        fail(problem.subject, problem.audit, TOO_LARGE, message)
+    for subject, is_audit, shortage in model.shortages():
+        what = "what it would deny is not told" if is_audit else "its pods get and send nothing"
+        fail(subject, is_audit, MAP_FULL, f"{shortage}: {what}")
+    return tuple(found[uid] for uid in sorted(found))[:MAX_POLICIES]

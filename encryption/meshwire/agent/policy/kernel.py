@@ -6,7 +6,6 @@ import errno
 import logging
 import time
 from collections.abc import Iterable, Mapping
-from ipaddress import ip_address
 from typing import Final
 
 from pyroute2.iproute import IPRoute
@@ -15,27 +14,26 @@ from pyroute2.netlink.exceptions import NetlinkError
 from meshwire.agent.kernel import remove_pins
 from meshwire.agent.policy.devices import find_pod_device
 from meshwire.agent.policy.model import EndpointValue, Model
+from meshwire.agent.policy.room import Fill
+from meshwire.agent.policy.write import entry_key, write
 from meshwire.agent.settings import Settings
 from meshwire.api.fields import Network
-from meshwire.api.meshpolicy import Direction
-from meshwire.bpf import loader, policylayouts, tc
+from meshwire.bpf import loader, tc
 from meshwire.bpf.layouts import Direction as Hook
 from meshwire.bpf.layouts import Reason
 from meshwire.bpf.loader import Programs
 from meshwire.bpf.maps import Counter
-from meshwire.bpf.policylayouts import StateFlag
-from meshwire.bpf.policymaps import CidrEntry, EndpointEntry, Events, PolicyEntry, PolicyKey, PolicyMaps
+from meshwire.bpf.policymaps import Events, PolicyMaps
 from meshwire.encryption import netlink
 from meshwire.encryption.model import Link
-from meshwire.policy.compile import EVERYTHING, EntryKey, PortKey
 
 log = logging.getLogger("meshwire.agent")
 
 CHECK_EVERY: Final = 2.0
 """Seconds between looks at all filters; those of new devices don't wait."""
 
-_HOOKS: Final = {Direction.EGRESS: Hook.EGRESS, Direction.INGRESS: Hook.INGRESS}
-_DIRECTIONS: Final = {Hook.EGRESS: Direction.EGRESS, Hook.INGRESS: Direction.INGRESS}
+FORGIVE_EVERY: Final = 30.0
+"""Seconds after which is tried again what the kernel had no room for, though there should have been."""
 
 
 class PolicyKernel:
@@ -51,6 +49,7 @@ class PolicyKernel:
         self._attached: dict[tuple[int, Hook], str] = {}
         self._checked_at = 0.0
         self._is_settled = False
+        self._forgave_at = 0.0
 
     def close(self) -> None:
         """Lets go of everything; what is attached and pinned stays in force."""
@@ -112,15 +111,9 @@ class PolicyKernel:
         """The policy programs' counters; none where they aren't loaded."""
         return self._maps.metrics.read() if self._maps else {}
 
-    def fill_of(self, model: Model) -> dict[str, tuple[int, int]]:
-        """Name of a map -> its entries, and how many it has room for."""
-        return {
-            "cidrs": (model.cidrs.size, policylayouts.MAX_CIDRS),
-            "endpoints": (model.endpoints.size, policylayouts.MAX_ENDPOINTS),
-            "identities": (model.identities.size, policylayouts.MAX_IDENTITIES),
-            "policy": (model.entries.size, policylayouts.MAX_POLICY),
-            "services": (model.services.size, policylayouts.MAX_SERVICES),
-        }
+    def fill_of(self, model: Model) -> dict[str, Fill]:
+        """How full each map is, by name."""
+        return model.fills(self._loaded().capacities)
 
     def open_events(self) -> Events | None:
         """The ring buffer, which one may read; None where it isn't there."""
@@ -172,17 +165,21 @@ class PolicyKernel:
         """Brings maps and filters to what the model says. `outward` are the devices by which pods' traffic
         leaves the node, `guessed` those that seem to be pods'. `skips_stack`: that between two of them does
         so directly."""
-        self._loaded()
+        maps = self._loaded()
         if resync:
             self._read_into(model)
+        if time.monotonic() - self._forgave_at > FORGIVE_EVERY:
+            self._forgave_at = time.monotonic()
+            model.forgive()
         model.update()
+        model.fit(maps.capacities)
         if self._is_settled:
             # A pod that is new is guarded first, and then comes to be known to others.
             self._attach(model, outward, guessed, fresh)
-            self._write(model, skips_stack)
+            write(model, maps, skips_stack=skips_stack)
         else:
             # Pods that run already go on while there is nothing yet to judge them by.
-            self._write(model, skips_stack)
+            write(model, maps, skips_stack=skips_stack)
             self._attach(model, outward, guessed, fresh)
             self._is_settled = True
 
@@ -209,100 +206,16 @@ class PolicyKernel:
         )
         model.entries.found(
             {
-                (key.set, _entry_key(key)): (entry.deny, entry.rule)
+                (key.set, entry_key(key)): (entry.deny, entry.rule)
                 for key, entry in maps.policies.read().items()
             }
         )
-
-    def _write(self, model: Model, skips_stack: bool) -> None:
-        state = self._loaded().state
-        flags = StateFlag.SKIP_STACK if skips_stack else StateFlag(0)
-        if model.is_settled and state.read() == flags:
-            return
-        try:
-            self._write_tables(model)
-        finally:
-            # Also after the half of it: the sooner nothing older is remembered, the better.
-            state.renew(flags)
-
-    def _write_tables(self, model: Model) -> None:
-        # The order, and why:
-        #  1. Services and rules that are new or change. Of one group the longest match decides, so the
-        #     longest goes first: each port goes from its old verdict to the new one, by way of no third.
-        #  2. Blocks that nobody names any more: their addresses fall back to the block around them, which
-        #     the old sets have rules for, too.
-        #  3. Pods whose sets are others now, pods that are new, and pods that are gone. The new sets are
-        #     whole.
-        #  4. New blocks: every set that is in use has rules for them by now.
-        #  5. Addresses, whose they are now: a pod of this node comes after its own rules.
-        #  6. Rules that go, the shortest first, for the reason of 1.
-        #  7. Pods' new revisions: flows that were judged half-way are judged once more by what is whole.
-        maps = self._loaded()
-        for address, value in model.services.writes():
-            maps.services.update(ip_address(address))
-            model.services.wrote([(address, value)])
-        entries = sorted(model.entries.writes(), key=lambda item: -_length(item[0][1]))
-        maps.policies.update_many(
-            {_policy_key(*key): PolicyEntry(rule, deny) for key, (deny, rule) in entries}
-        )
-        model.entries.wrote(entries)
-
-        for block in model.cidrs.deletes():
-            maps.cidrs.delete(block)
-            model.cidrs.deleted([block])
-        for address in model.endpoints.deletes():
-            maps.endpoints.delete(ip_address(address))
-            model.endpoints.deleted([address])
-        self._write_endpoints(model, moved=True)
-
-        blocks = model.cidrs.writes()
-        for block, (number, flags) in blocks:
-            maps.cidrs.update(block, CidrEntry(number, flags))
-            model.cidrs.wrote([(block, (number, flags))])
-        if blocks:
-            model.cidrs_written()
-
-        for address in model.identities.deletes():
-            maps.identities.delete(ip_address(address))
-            model.identities.deleted([address])
-        identities = model.identities.writes()
-        maps.identities.update_many({ip_address(address): number for address, number in identities})
-        model.identities.wrote(identities)
-
-        gone = sorted(model.entries.deletes(), key=lambda key: _length(key[1]))
-        maps.policies.delete_many([_policy_key(*key) for key in gone])
-        model.entries.deleted(gone)
-        self._write_endpoints(model, moved=False)
-        for address in model.services.deletes():
-            maps.services.delete(ip_address(address))
-            model.services.deleted([address])
-
-    def _write_endpoints(self, model: Model, *, moved: bool) -> None:
-        """With `moved` only those that have other sets now, or are new."""
-        maps = self._loaded()
-        for address, value in model.endpoints.writes():
-            old = model.endpoints.held(address)
-            if moved and old and (old.set, old.audit_set) == (value.set, value.audit_set):
-                continue
-            maps.endpoints.update(
-                ip_address(address),
-                EndpointEntry(
-                    value.ifindex,
-                    value.identity,
-                    value.set,
-                    value.audit_set,
-                    value.revision,
-                    value.born,
-                    value.flags,
-                ),
-            )
-            model.endpoints.wrote([(address, value)])
 
     # Filters
 
     def _attach(self, model: Model, outward: Iterable[Link], guessed: Iterable[int], fresh: bool) -> None:
         wanted: dict[tuple[int, Hook], str] = {}
-        for index in (*guessed, *(value.ifindex for value in model.endpoints.desired.values())):
+        for index in (*guessed, *(value.ifindex for value in model.guarded())):
             wanted[index, Hook.INGRESS] = loader.FROM_POD
             wanted[index, Hook.EGRESS] = loader.TO_POD
         for link in outward:
@@ -346,20 +259,3 @@ class PolicyKernel:
                 twice = (index, each.direction) in found
                 found[index, each.direction] = each.name if current and not twice else ""
         return found
-
-
-def _length(key: EntryKey) -> int:
-    return 0 if key.port == EVERYTHING else 8 + key.port.bits
-
-
-def _policy_key(number: int, key: EntryKey) -> PolicyKey:
-    if key.port == EVERYTHING:
-        return PolicyKey(number, key.identity, _HOOKS[key.direction])
-    return PolicyKey(
-        number, key.identity, _HOOKS[key.direction], key.port.protocol, key.port.port, key.port.bits
-    )
-
-
-def _entry_key(key: PolicyKey) -> EntryKey:
-    port = EVERYTHING if key.protocol is None else PortKey(key.protocol, key.port, key.port_bits)
-    return EntryKey(key.identity, _DIRECTIONS[key.direction], port)

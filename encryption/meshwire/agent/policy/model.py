@@ -3,9 +3,10 @@ kernel or the API."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
+from typing import Final
 
 from meshwire.agent.policy.objects import (
     Backends,
@@ -16,7 +17,8 @@ from meshwire.agent.policy.objects import (
     Service,
     Slice,
 )
-from meshwire.agent.policy.tables import Table
+from meshwire.agent.policy.room import LPM_SPARE, BlockClaim, Fill, Shortage, admit_blocks
+from meshwire.agent.policy.tables import AddressTable, Table
 from meshwire.api.fields import Network
 from meshwire.api.meshidentity import MeshIdentity
 from meshwire.api.meshpolicy import Direction, Policy
@@ -25,6 +27,9 @@ from meshwire.policy import identity
 from meshwire.policy.compile import Compiler, EntryKey, EntryValue, PolicySet, RuleRef, TooLarge
 from meshwire.policy.identity import Labels
 from meshwire.policy.model import ServiceInfo
+
+CLOSED: Final = 0
+"""A set that never has entries. With default deny in both directions, its pods get and send nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +62,21 @@ class Surroundings:
 
 @dataclass(slots=True)
 class _Sets:
-    """One subject's rules in the `policy` map. `revision` changes with them."""
+    """One subject's rules in the `policy` map. `revision` changes with them. `entries` and `audit_entries`
+    are all of them, whether there is room for them or not; those that are `closed` are not in the map, nor
+    are those of audit where `audit_closed`. `barred`: because blocks that the rules name are not in
+    `cidrs`."""
 
     number: int
     audit_number: int
     revision: int
     flags: EndpointFlag
-    keys: set[tuple[int, EntryKey]] = field(default_factory=set)
+    entries: dict[tuple[int, EntryKey], tuple[bool, int]] = field(default_factory=dict)
+    audit_entries: dict[tuple[int, EntryKey], tuple[bool, int]] = field(default_factory=dict)
+    closed: Shortage | None = None
+    audit_closed: Shortage | None = None
+    barred: bool = False
+    audit_barred: bool = False
 
 
 @dataclass(slots=True)
@@ -82,10 +95,10 @@ class Model:
 
     def __init__(self, revision: int = 1, first_set: int = 1) -> None:
         self.compiler = Compiler()
-        self.identities: Table[bytes, int] = Table()
+        self.identities: AddressTable[int] = AddressTable()
         self.cidrs: Table[Network, tuple[int, CidrFlag]] = Table()
-        self.services: Table[bytes, int] = Table()
-        self.endpoints: Table[bytes, EndpointValue] = Table()
+        self.services: AddressTable[int] = AddressTable()
+        self.endpoints: AddressTable[EndpointValue] = AddressTable()
         self.entries: Table[tuple[int, EntryKey], tuple[bool, int]] = Table()
         self.policies: dict[str, Policy] = {}
         self.refused: dict[str, Refused] = {}
@@ -117,6 +130,17 @@ class Model:
         self._rule_refs: dict[int, RuleRef] = {}
         self._own_claims: dict[bytes, dict[str, int]] = {}
         self._cidr_numbers: Mapping[Network, int] = {}
+        # Of want of room.
+        self._set_owners: dict[int, int] = {}
+        self._kept_cidrs: Mapping[Network, int] = {}
+        self._lost_addresses: frozenset[Network] = frozenset()
+        self._laid_out_lost: frozenset[Network] = frozenset()
+        self._refused_blocks: set[Network] = set()
+        self._refused_sets: set[int] = set()
+        self._cidr_capacity = 0
+        self._blocks_left_out = 0
+        self._fit_blocks_anew = True
+        self._unplaced: dict[int, Shortage] = {}
 
     @property
     def is_settled(self) -> bool:
@@ -482,6 +506,7 @@ class Model:
         for address in (old.local ^ around.local) | (old.remote ^ around.remote):
             self._resolve(address)
         if (old.cluster, old.own, old.shared) != (around.cluster, around.own, around.shared):
+            self._fit_blocks_anew = True
             self._lay_out_cidrs()
             for address in list(self._holders):
                 self._resolve(address)
@@ -489,14 +514,20 @@ class Model:
             for pod in list(self.pods.values()):
                 self._settle(pod)
 
-    def _lay_out_cidrs(self) -> None:
-        """Every block's entry says all there is to know of it: the longest match alone decides."""
-        flags: dict[Network, CidrFlag] = dict.fromkeys(self._around.cluster, CidrFlag.CLUSTER)
+    def _own_blocks(self) -> dict[Network, CidrFlag]:
+        """Those that the cluster has its addresses of."""
+        flags: dict[Network, CidrFlag] = dict.fromkeys(self._lost_addresses, CidrFlag.CLUSTER)
+        flags |= dict.fromkeys(self._around.cluster, CidrFlag.CLUSTER)
         flags |= dict.fromkeys(self._around.own, CidrFlag.CLUSTER | CidrFlag.LOCAL)
         # Whoever isn't known may be a pod of this node that nothing guards yet, or one of another node.
         flags |= dict.fromkeys(self._around.shared, CidrFlag.CLUSTER | CidrFlag.LOCAL)
+        return flags
+
+    def _lay_out_cidrs(self) -> None:
+        """Every block's entry says all there is to know of it: the longest match alone decides."""
+        flags = self._own_blocks()
         blocks = sorted(
-            self._cidr_numbers.keys() | flags.keys(),
+            self._kept_cidrs.keys() | flags.keys(),
             key=lambda block: (block.version, int(block.network_address), block.prefixlen),
         )
         entries: dict[Network, tuple[int, CidrFlag]] = {}
@@ -510,11 +541,12 @@ class Model:
                 around.pop()
             number, inherited = entries[around[-1]] if around else (0, CidrFlag(0))
             entries[block] = (
-                self._cidr_numbers.get(block, number),
+                self._kept_cidrs.get(block, number),
                 flags.get(block, CidrFlag(0)) | inherited,
             )
             around.append(block)
         self.cidrs.replace(entries)
+        self._laid_out_lost = self._lost_addresses
 
     # What follows from all of this
 
@@ -532,13 +564,17 @@ class Model:
         changes = self.compiler.changes()
         if changes.cidrs != self._cidr_numbers:
             self._cidr_numbers = dict(changes.cidrs)
+            # As if there were room for all, until `fit` says what there is.
+            self._kept_cidrs = self._cidr_numbers
+            self._fit_blocks_anew = True
             self._lay_out_cidrs()
+        self._fit_blocks_anew |= bool(changes.rebuilt or changes.removed)
         for number, change in changes.rebuilt.items():
             self._replace_sets(number, change.enforced, change.audit)
         for number, touched in changes.touched.items():
             if sets := self._sets.get(number):
-                self._touch(sets, sets.number, touched.enforced)
-                self._touch(sets, sets.audit_number, touched.audit)
+                self._touch(sets, touched.enforced, audit=False)
+                self._touch(sets, touched.audit, audit=True)
                 sets.revision = self._next_revision()
                 self._endpoints_of_subject(number)
         self.problems = changes.problems
@@ -546,7 +582,7 @@ class Model:
     def cidrs_written(self) -> None:
         """Flows that were judged while blocks were still as before are judged again."""
         for number, sets in self._sets.items():
-            if sets.flags & (EndpointFlag.INGRESS_CIDRS | EndpointFlag.EGRESS_CIDRS):
+            if not sets.closed and sets.flags & (EndpointFlag.INGRESS_CIDRS | EndpointFlag.EGRESS_CIDRS):
                 sets.revision = self._next_revision()
                 self._endpoints_of_subject(number)
 
@@ -559,29 +595,36 @@ class Model:
             _flags(enforced, audit),
         )
         self._sets[number] = sets
-        self._touch(sets, sets.number, enforced.entries)
+        self._set_owners |= {each: number for each in (sets.number, sets.audit_number) if each}
+        self._touch(sets, enforced.entries, audit=False)
         if audit:
-            self._touch(sets, sets.audit_number, audit.entries)
+            self._touch(sets, audit.entries, audit=True)
         self._endpoints_of_subject(number)
 
-    def _touch(
-        self,
-        sets: _Sets,
-        set_number: int,
-        entries: Mapping[EntryKey, EntryValue | None],
-    ) -> None:
+    def _touch(self, sets: _Sets, entries: Mapping[EntryKey, EntryValue | None], *, audit: bool) -> None:
+        number = sets.audit_number if audit else sets.number
+        known = sets.audit_entries if audit else sets.entries
+        in_map = not (sets.closed or (audit and sets.audit_closed))
         for key, value in entries.items():
             if value is None:
-                self.entries.discard((set_number, key))
-                sets.keys.discard((set_number, key))
+                self.entries.discard((number, key))
+                known.pop((number, key), None)
             else:
-                self.entries.set((set_number, key), (value.deny, self._rule_number(value.rule)))
-                sets.keys.add((set_number, key))
+                known[number, key] = value.deny, self._rule_number(value.rule)
+                if in_map:
+                    self.entries.set((number, key), known[number, key])
 
     def _drop_sets(self, number: int) -> None:
         if sets := self._sets.pop(number, None):
-            for key in sets.keys:
-                self.entries.discard(key)
+            self._take_out(sets.entries)
+            self._take_out(sets.audit_entries)
+            for each in (sets.number, sets.audit_number):
+                self._set_owners.pop(each, None)
+                self._refused_sets.discard(each)
+
+    def _take_out(self, keys: Iterable[tuple[int, EntryKey]]) -> None:
+        for key in keys:
+            self.entries.discard(key)
 
     def _rule_number(self, ref: RuleRef) -> int:
         if ref not in self._rules:
@@ -621,18 +664,282 @@ class Model:
                 self._born[pod.uid, address] = left.born if left and same else self._next_revision()
                 self._given.add(address)
             born = self._born[pod.uid, address]
+            has_audit = not (sets.closed or sets.audit_closed)
+            flags = sets.flags if has_audit else sets.flags & ~_AUDITED
             self.endpoints.set(
                 address,
                 EndpointValue(
                     ifindex=device,
                     identity=number,
-                    set=sets.number,
-                    audit_set=sets.audit_number,
+                    set=CLOSED if sets.closed else sets.number,
+                    audit_set=sets.audit_number if has_audit else 0,
                     revision=max(sets.revision, born, self._moved.get(pod.uid, 0)),
                     born=born,
-                    flags=sets.flags,
+                    flags=_ENFORCED if sets.closed else flags,
                 ),
             )
+
+    # Room
+
+    def fit(self, capacities: Mapping[str, int]) -> bool:
+        """Leaves out what single maps have no room for, by their capacities in entries; whether that is
+        different from before. What there is no room for in `policy` turns out when it is written."""
+        changed = self.identities.fit(capacities["identities"], self._goes_first)
+        changed |= self.endpoints.fit(capacities["endpoints"])
+        # Those that go are still there when the new ones come.
+        changed |= self.services.fit(capacities["services"] - len(self.services.deletes()))
+        changed |= self._find_lost()
+        room = capacities["cidrs"] - LPM_SPARE
+        if self._fit_blocks_anew or room != self._cidr_capacity:
+            self._fit_blocks_anew, self._cidr_capacity = False, room
+            changed |= self._fit_blocks()
+        self._unplaced = {
+            subject: self._unplaced.get(subject, Shortage("endpoints", capacities["endpoints"], count))
+            for subject, count in self._count_unplaced().items()
+        }
+        return changed
+
+    def _goes_first(self, address: bytes) -> bool:
+        """Among `identities`: a node without its own pods' and the nodes' addresses would serve nobody."""
+        around = self._around
+        return (
+            address in self._own_claims
+            or address in around.local
+            or address in around.remote
+            or address in self._apiservers
+        )
+
+    def _find_lost(self) -> bool:
+        """An address that is in no map must not pass for one of the world."""
+        lost: set[Network] = set()
+        if self.identities.left_out:
+            cluster = set(self._around.cluster)
+            lengths = {(block.version, block.prefixlen) for block in cluster}
+            lost = {
+                alone
+                for alone in map(ip_network, self.identities.left_out)
+                if not any(
+                    version == alone.version and alone.supernet(new_prefix=length) in cluster
+                    for version, length in lengths
+                )
+            }
+        if lost != self._lost_addresses:
+            self._lost_addresses = frozenset(lost)
+            self._fit_blocks_anew = True
+            return True
+        return False
+
+    def _fit_blocks(self) -> bool:
+        base = self._own_blocks()
+        wanted = len(base.keys() | self._cidr_numbers.keys())
+        enforced: frozenset[int] | None = None
+        audited: frozenset[int] | None = None
+        kept = self._cidr_numbers
+        if wanted > self._cidr_capacity or self._refused_blocks:
+            claims = [self._claim_blocks(number, audit=False) for number in self._sets]
+            claims = [each for each in claims if self._refused_blocks.isdisjoint(each.blocks)]
+            if not self._refused_blocks.isdisjoint(base):
+                claims = []
+            enforced, named = admit_blocks(base, claims, self._cidr_capacity)
+            audits = [
+                self._claim_blocks(number, audit=True)
+                for number in enforced
+                if self._sets[number].audit_number
+            ]
+            audits = [each for each in audits if self._refused_blocks.isdisjoint(each.blocks)]
+            audited, more = admit_blocks(base.keys() | named, audits, self._cidr_capacity)
+            named |= more
+            kept = {block: number for block, number in self._cidr_numbers.items() if block in named}
+        if changed := kept != self._kept_cidrs:
+            self._kept_cidrs = kept
+        if changed or self._lost_addresses != self._laid_out_lost or len(base) > self._cidr_capacity:
+            self._lay_out_cidrs()
+        if len(base) > self._cidr_capacity:
+            # This node's own before the others': who is not guarded here must be out of reach.
+            ranked = sorted(base, key=lambda each: (CidrFlag.LOCAL not in base[each], str(each)))
+            self.cidrs.replace({each: self.cidrs.desired[each] for each in ranked[: self._cidr_capacity]})
+        self._blocks_left_out = wanted - len(self.cidrs.desired)
+        for number, sets in self._sets.items():
+            barred = enforced is not None and number not in enforced
+            audit_barred = audited is not None and number not in audited
+            changed |= (sets.barred, sets.audit_barred) != (barred, audit_barred)
+            sets.barred, sets.audit_barred = barred, audit_barred
+            if barred or (audit_barred and sets.audit_number):
+                blocks = self.compiler.blocks_of(number, audit=not barred)
+                shortage = Shortage("cidrs", self._cidr_capacity + LPM_SPARE, len(blocks))
+                self.close(number, shortage, audit=not barred)
+        return changed
+
+    def _are_held(self, blocks: Iterable[Network]) -> bool:
+        return all(self.cidrs.held(block) is not None for block in blocks)
+
+    def _claim_blocks(self, number: int, *, audit: bool) -> BlockClaim:
+        blocks = self.compiler.blocks_of(number, audit=audit)
+        is_held = self.is_in_force(number) and self._are_held(blocks)
+        return BlockClaim(0 if is_held else 1, number, blocks)
+
+    def close(self, subject: int, shortage: Shortage, *, audit: bool = False) -> None:
+        """Takes the sets of a subject (of `audit` only: that one) out of `entries`, for want of room. Its
+        pods get and send nothing then; without a set of audit it is only not told what would be denied."""
+        sets = self._sets[subject]
+        if audit:
+            if sets.audit_closed or sets.closed:
+                sets.audit_closed = sets.audit_closed or shortage
+                return
+            sets.audit_closed = shortage
+        else:
+            if sets.closed:
+                if sets.closed.map != shortage.map:
+                    sets.closed = shortage
+                return
+            sets.closed = shortage
+            if sets.audit_number:
+                sets.audit_closed = sets.audit_closed or shortage
+            self._take_out(sets.entries)
+        self._take_out(sets.audit_entries)
+        sets.revision = self._next_revision()
+        self._endpoints_of_subject(subject)
+
+    def open(self, subject: int, *, audit: bool = False) -> None:
+        """The opposite: there is room. First the enforced set, then `audit`."""
+        sets = self._sets[subject]
+        if audit:
+            sets.audit_closed = None
+        else:
+            sets.closed = None
+        for key, value in (sets.audit_entries if audit else sets.entries).items():
+            self.entries.set(key, value)
+        sets.revision = self._next_revision()
+        self._endpoints_of_subject(subject)
+
+    def refuse_set(self, number: int, capacity: int) -> None:
+        """The kernel has no room for the set, whatever was planned: closed until `forgive`."""
+        if (subject := self._set_owners.get(number)) is not None:
+            audit = number != self._sets[subject].number
+            self._refused_sets.add(number)
+            self.close(
+                subject, Shortage("policy", capacity, self.size_of(subject, audit=audit)), audit=audit
+            )
+
+    def refuse_block(self, block: Network) -> None:
+        """The same for a block: closes all that can't do without it."""
+        self._refused_blocks.add(block)
+        self._fit_blocks()
+
+    def forgive(self) -> None:
+        """Whatever the kernel refused may be tried again."""
+        if self._refused_blocks:
+            self._refused_blocks.clear()
+            self._fit_blocks_anew = True
+        self._refused_sets.clear()
+        for table in (self.identities, self.services, self.endpoints):
+            table.forgive()
+
+    def owner_of(self, set_number: int) -> tuple[int, bool] | None:
+        """The subject, and whether it is its set of audit."""
+        if (subject := self._set_owners.get(set_number)) is None:
+            return None
+        return subject, set_number != self._sets[subject].number
+
+    def sets_of(self, subjects: Iterable[int]) -> set[int]:
+        """Numbers of their sets."""
+        sets = [self._sets[subject] for subject in subjects]
+        return {number for each in sets for number in (each.number, each.audit_number)}
+
+    def size_of(self, subject: int, *, audit: bool) -> int:
+        """Entries of its set, whether there is room for them or not."""
+        sets = self._sets[subject]
+        return len(sets.audit_entries if audit else sets.entries)
+
+    def open_audits(self) -> dict[int, int]:
+        """Subject -> entries of its set of audit, of those that have entries in the map."""
+        return {
+            number: len(sets.audit_entries)
+            for number, sets in self._sets.items()
+            if sets.audit_entries and not sets.closed and not sets.audit_closed
+        }
+
+    def is_in_force(self, subject: int) -> bool:
+        """Pods of it are judged by a set of rules, be it an older one, by what the kernel has."""
+        return any(
+            (value := self.endpoints.held(address)) is not None and value.set != CLOSED
+            for uid in self._subjects[subject].pods
+            for address in self.pods[uid].addresses
+        )
+
+    def waiting(self, *, audit: bool) -> dict[int, int]:
+        """Closed subjects (with `audit`: open ones without a set of audit that they should have) that could
+        be opened if there were room -> entries that they need."""
+        found: dict[int, int] = {}
+        for number, sets in self._sets.items():
+            closed = (sets.audit_closed and not sets.closed) if audit else sets.closed
+            barred = sets.audit_barred if audit else sets.barred
+            own = sets.audit_number if audit else sets.number
+            if not closed or barred or own in self._refused_sets:
+                continue
+            # Their blocks first: between the two, an address would be judged by the block around.
+            if self._are_held(self.compiler.blocks_of(number, audit=audit)):
+                found[number] = len(sets.audit_entries if audit else sets.entries)
+        return found
+
+    def shortages(self) -> list[tuple[int, bool, Shortage]]:
+        """(subject, whether only its set of audit is concerned, why), in order."""
+        found = [
+            (number, sets.closed is None, shortage)
+            for number, sets in self._sets.items()
+            if (shortage := sets.closed or sets.audit_closed)
+        ]
+        found += [(number, False, shortage) for number, shortage in self._unplaced.items()]
+        return sorted(found, key=lambda each: each[:2])
+
+    def closed_pods(self) -> frozenset[str]:
+        """uids of pods that get and send nothing, for want of room or because their first policies are too
+        large."""
+        closed = {number for number, sets in self._sets.items() if sets.closed}
+        closed |= {
+            problem.subject
+            for problem in self.problems
+            if not problem.audit
+            and (sets := self._sets.get(problem.subject)) is not None
+            and not sets.entries
+            and sets.flags & _ENFORCED == _ENFORCED
+        }
+        pods = {uid for number in closed for uid in self._subjects[number].pods}
+        return frozenset(pods | {uid for uid, pod in self.pods.items() if self._is_unplaced(pod)})
+
+    def _is_unplaced(self, pod: Pod) -> bool:
+        left_out = self.endpoints.left_out
+        return bool(left_out) and any(address in left_out for address in pod.addresses)
+
+    def _count_unplaced(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for value in self.endpoints.left_out.values():
+            counts[value.identity] = counts.get(value.identity, 0) + 1
+        return counts
+
+    def fills(self, capacities: Mapping[str, int]) -> dict[str, Fill]:
+        """How full the maps are, by their names and capacities."""
+        sets = self._sets.values()
+        lost = sum(len(each.entries) for each in sets if each.closed)
+        lost += sum(len(each.audit_entries) for each in sets if each.closed or each.audit_closed)
+        counts = {
+            "cidrs": (self.cidrs.size, self._blocks_left_out),
+            "endpoints": (self.endpoints.size, len(self.endpoints.left_out)),
+            "identities": (self.identities.size, len(self.identities.left_out)),
+            "policy": (self.entries.size, lost),
+            "services": (self.services.size, len(self.services.left_out)),
+        }
+        return {name: Fill(held, capacities[name], out) for name, (held, out) in counts.items()}
+
+    def guarded(self) -> Iterator[EndpointValue]:
+        """Of all pods whose device is known, whether there is room for them or not: without room, they must
+        be out of reach."""
+        yield from self.endpoints.desired.values()
+        yield from self.endpoints.left_out.values()
+
+
+_ENFORCED: Final = EndpointFlag.INGRESS_ENFORCED | EndpointFlag.EGRESS_ENFORCED
+_AUDITED: Final = EndpointFlag.INGRESS_AUDITED | EndpointFlag.EGRESS_AUDITED
 
 
 def _flags(enforced: PolicySet, audit: PolicySet | None) -> EndpointFlag:
