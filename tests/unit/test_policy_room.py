@@ -52,6 +52,7 @@ class Map(dict[Any, Any]):
         self.name = name
         self.kernel = kernel
         self.refuses: Callable[[Any], bool] = lambda key: False
+        self.watch: Callable[[Any, Any], None] = lambda key, value: None
         self.writes = 0
 
     def read(self) -> dict[Any, Any]:
@@ -66,6 +67,7 @@ class Map(dict[Any, Any]):
         assert len(self) + ((key not in self) or is_trie) <= capacity, self.name
         self[key] = value
         self.writes += 1
+        self.watch(key, value)
         self.kernel.check()
 
     def update_many(self, entries: Mapping[Any, Any]) -> None:
@@ -74,7 +76,8 @@ class Map(dict[Any, Any]):
 
     def delete(self, key: Any) -> None:
         if self.name == "cidrs":
-            assert not self.kernel.is_needed(key), "rules are in force that can't do without the block"
+            for entry in self.kernel.endpoints.values():
+                assert entry.set == CLOSED or key not in self.kernel.needs(entry.identity)
         self.writes += self.pop(key, None) is not None
         self.kernel.check()
 
@@ -90,7 +93,7 @@ class Kernel:
         self.cidrs, self.identities = Map("cidrs", self), Map("identities", self)
         self.endpoints, self.services = Map("endpoints", self), Map("services", self)
         self.whole: Callable[[int], bool] = lambda number: True
-        self.is_needed: Callable[[Network], bool] = lambda block: False
+        self.needs: Callable[[int], frozenset[Network]] = lambda number: frozenset()
         self.seen: dict[Any, int] = {}
         self.renewed = 0
 
@@ -110,8 +113,12 @@ class Kernel:
     def check(self) -> None:
         """At any instant: whoever is pointed to a set finds it whole."""
         moved = {address: value.set for address, value in self.endpoints.items()}
-        for address in moved.items() - self.seen.items():
-            assert self.whole(address[1]), "a pod has come to a set that isn't whole"
+        for address, number in moved.items() - self.seen.items():
+            assert self.whole(number), "a pod has come to a set that isn't whole"
+            if number != CLOSED and self.seen.get(address, CLOSED) == CLOSED:
+                assert self.needs(self.endpoints[address].identity) <= self.cidrs.keys(), (
+                    "a pod is opened before the blocks that its rules name are there"
+                )
         self.seen = moved
 
     def sets(self) -> dict[int, set[Any]]:
@@ -131,14 +138,8 @@ class Kernel:
             found = {(key.set, entry_key(key)) for key in self.policies if key.set == number}
             return wanted <= found and (number != CLOSED or not found)
 
-        def is_needed(block: Network) -> bool:
-            """By the policies that are, for a pod that isn't closed."""
-            return any(
-                entry.set != CLOSED and block in model.compiler.blocks_of(entry.identity, audit=False)
-                for entry in self.endpoints.values()
-            )
-
-        self.whole, self.is_needed = whole, is_needed
+        self.whole = whole
+        self.needs = lambda number: model.compiler.blocks_of(number, audit=False)
         renewed = self.renewed
         write(model, SimpleNamespace(**vars(self), state=self), skips_stack=True)  # type: ignore[arg-type]
         assert (self.renewed > renewed) or sum(each.writes for each in self.maps) == before
@@ -441,15 +442,58 @@ def test_what_the_kernel_refuses_concerns_nobody_else() -> None:
     assert len(kernel.endpoints) == 3 and not kernel.is_closed(B) and not _failed(model)
 
 
+def test_what_was_written_in_vain_is_gone() -> None:
+    """Of many entries at once some are written when the kernel refuses one, and then it refuses another."""
+    model, kernel = started(), Kernel()
+    model.put_policy(ports("a", "a", 3))
+    add(model, "pod-a", A, "a")
+
+    def write_and_fail(entries: Mapping[Any, Any]) -> None:
+        Map.update_many(kernel.policies, entries)
+        kernel.policies.refuses = lambda key: key.port == 1
+        raise OSError(errno.ENOMEM, "policy")
+
+    kernel.policies.update_many = write_and_fail  # type: ignore[method-assign]
+    kernel.carry_out(model)
+    assert kernel.is_closed(A) and not kernel.policies
+
+
+def test_who_has_its_blocks_keeps_them() -> None:
+    model, kernel = started(), Kernel(cidrs=4)
+    model.put_policy(blocks("b", "b", "192.0.2.0/24", "203.0.113.0/24"))
+    add(model, "pod-b", B, "b", 8)
+    kernel.carry_out(model)
+    model.put_policy(blocks("a", "a", "198.51.100.0/24", "198.51.101.0/24"))
+    add(model, "pod-a", A, "a", 1)
+    kernel.carry_out(model)
+    assert kernel.is_closed(A) and not kernel.is_closed(B)
+    # Who has its blocks already stays, be they more: those of who comes don't fit beside them.
+    model, kernel = started(), Kernel(cidrs=3)
+    model.put_policy(blocks("b", "b", "192.0.2.0/24", "203.0.113.0/24"))
+    add(model, "pod-b", B, "b", 8)
+    kernel.carry_out(model)
+    model.put_policy(blocks("a", "a", "198.51.100.0/24"))
+    add(model, "pod-a", A, "a", 1)
+    kernel.carry_out(model)
+    assert kernel.is_closed(A) and not kernel.is_closed(B)
+
+
 def test_a_block_that_the_kernel_refuses_closes_who_needs_it() -> None:
     model, kernel = started(), Kernel()
-    model.put_policy(blocks("a", "a", "198.51.0.0/16", excepts=("198.51.100.0/24",)))
+    model.put_policy(ports("a", "a", 1))
     model.put_policy(blocks("b", "b", "192.0.2.0/24"))
     add(model, "pod-a", A, "a")
     add(model, "pod-b", B, "b", 8)
+    kernel.carry_out(model)
+    written: list[Any] = []
+    kernel.endpoints.watch = lambda address, value: written.append((address, value))
+    model.put_policy(blocks("a", "a", "198.51.0.0/16", excepts=("198.51.100.0/24",)))
     kernel.cidrs.refuses = lambda block: block == ip_network("198.51.100.0/24")
     kernel.carry_out(model)
     assert kernel.is_closed(A) and not kernel.is_closed(B)
+    # Its new rules were in force for a moment: what was judged by them must not stay.
+    opened, closed = (value for address, value in written if address == ip_address(A))
+    assert opened.set != CLOSED == closed.set and closed.revision > opened.revision
     assert set(kernel.cidrs) == {ip_network("192.0.2.0/24")}
     kernel.cidrs.refuses = lambda block: False
     model.forgive()

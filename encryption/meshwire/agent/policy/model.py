@@ -877,9 +877,7 @@ class Model:
             own = sets.audit_number if audit else sets.number
             if not closed or barred or own in self._refused_sets:
                 continue
-            # Their blocks first: between the two, an address would be judged by the block around.
-            if self._are_held(self.compiler.blocks_of(number, audit=audit)):
-                found[number] = len(sets.audit_entries if audit else sets.entries)
+            found[number] = self.size_of(number, audit=audit)
         return found
 
     def shortages(self) -> list[tuple[int, bool, Shortage]]:

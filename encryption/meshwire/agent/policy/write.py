@@ -75,12 +75,13 @@ class _Writer:
         #     first: each port goes from its old verdict to the new one, by way of no third.
         #  3. Blocks that nobody names any more: their addresses fall back to the block around them, which
         #     the old sets have rules for, too.
-        #  4. Pods whose sets are others now, pods that are new, and pods that are gone. The new sets are
-        #     whole. Where there is no room for all new sets beside the old ones, 2 and 4 go in turns.
+        #  4. Pods that are gone, and those whose sets are others now. The new sets are whole. Where there is
+        #     no room for all new sets beside the old ones, 2 and 4 go in turns.
         #  5. New blocks: every set that is in use has rules for them by now.
-        #  6. Addresses, whose they are now: a pod of this node comes after its own rules.
-        #  7. Rules that go, the shortest first, for the reason of 2.
-        #  8. Pods' new revisions: flows that were judged half-way are judged once more by what is whole.
+        #  6. Pods that are new, and those that are opened: nobody waits for them, so they find all in place.
+        #  7. Addresses, whose they are now: a pod of this node comes after its own rules.
+        #  8. Rules that go, the shortest first, for the reason of 2.
+        #  9. Pods' new revisions: flows that were judged half-way are judged once more by what is whole.
         model, maps = self._model, self._maps
         self._write_addresses(
             model.services, lambda address, value: maps.services.update(address), maps.services.delete
@@ -88,6 +89,7 @@ class _Writer:
         self._close_pods()
         self._place_sets()
         self._write_blocks()
+        self._write_endpoints(lambda address, value: not self._is_open(address))
 
         for address in model.identities.deletes():
             maps.identities.delete(ip_address(address))
@@ -236,32 +238,29 @@ class _Writer:
             self._model.cidrs.deleted([block])
 
     def _move_pods(self) -> None:
-        """Pods that are gone; then those that have other sets now, or are new, where the sets are whole."""
+        """Pods that are gone; then those that have other sets now, where the sets are whole."""
         model = self._model
         for address in model.endpoints.deletes():
             self._maps.endpoints.delete(ip_address(address))
             model.endpoints.deleted([address])
         partly = {key[0] for key, _ in model.entries.writes()}
-        self._write_endpoints(
-            lambda address, value: partly.isdisjoint((value.set, value.audit_set)), moved=True
-        )
-
-    def _close_pods(self) -> None:
-        """Those that are there. Others come when they are moved: there may be room for them only then."""
-        held = self._model.endpoints.held
-        self._write_endpoints(lambda address, value: value.set == CLOSED and held(address) is not None)
-
-    def _write_endpoints(
-        self, which: Callable[[bytes, EndpointValue], bool], *, moved: bool = False
-    ) -> None:
-        """With `moved` only those that have other sets now, or are new."""
-        model = self._model
 
         def is_meant(address: bytes, value: EndpointValue) -> bool:
             old = model.endpoints.held(address)
-            stays = old is not None and (old.set, old.audit_set) == (value.set, value.audit_set)
-            return which(address, value) and not (moved and stays)
+            is_moved = old is not None and (old.set, old.audit_set) != (value.set, value.audit_set)
+            return is_moved and self._is_open(address) and partly.isdisjoint((value.set, value.audit_set))
 
+        self._write_endpoints(is_meant)
+
+    def _is_open(self, address: bytes) -> bool:
+        """The kernel judges by a set of rules what is the pod's."""
+        value = self._model.endpoints.held(address)
+        return value is not None and value.set != CLOSED
+
+    def _close_pods(self) -> None:
+        self._write_endpoints(lambda address, value: value.set == CLOSED and self._is_open(address))
+
+    def _write_endpoints(self, which: Callable[[bytes, EndpointValue], bool]) -> None:
         def update(address: Address, value: EndpointValue) -> None:
             self._maps.endpoints.update(
                 address,
@@ -276,7 +275,7 @@ class _Writer:
                 ),
             )
 
-        self._write_addresses(model.endpoints, update, self._maps.endpoints.delete, is_meant)
+        self._write_addresses(self._model.endpoints, update, self._maps.endpoints.delete, which)
 
     # Blocks and addresses
 
