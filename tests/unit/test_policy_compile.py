@@ -815,8 +815,12 @@ def test_a_set_that_is_too_large_is_not_published() -> None:
     assert not changes.touched and [problem.entries for problem in changes.problems] == [8]
 
 
-def test_a_subject_whose_first_set_is_too_large_is_closed() -> None:
-    _, changes = started(policy("p", rule(Selector(), direction=EGRESS)), max_entries=2)
+@pytest.mark.parametrize("direction", [INGRESS, EGRESS])
+def test_a_subject_whose_first_set_is_too_large_is_closed(direction: Direction) -> None:
+    _, changes = started(
+        policy("p", rule(Selector(), direction=direction), default_deny=frozenset({direction})),
+        max_entries=2,
+    )
     assert changes.rebuilt[256] == SubjectSets(
         PolicySet(frozenset({INGRESS, EGRESS}), frozenset(), {}), None
     )

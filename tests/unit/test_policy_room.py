@@ -33,11 +33,13 @@ from meshwire.api.meshpolicy import (
     PortRange,
     Protocol,
     Rule,
+    Selector,
 )
 from meshwire.api.meshpolicyreport import MapPressure
 from meshwire.bpf.policylayouts import CidrFlag, EndpointFlag, StateFlag
 from meshwire.bpf.policymaps import EndpointEntry
 from meshwire.policy import identity
+from meshwire.policy.compile import Compiler
 
 ENFORCED = EndpointFlag.INGRESS_ENFORCED | EndpointFlag.EGRESS_ENFORCED
 AMPLE = {"policy": 10_000, "cidrs": 10_000, "identities": 10_000, "endpoints": 10_000, "services": 10_000}
@@ -499,6 +501,30 @@ def test_a_block_that_the_kernel_refuses_closes_who_needs_it() -> None:
     model.forgive()
     kernel.carry_out(model)
     assert not kernel.is_closed(A) and len(kernel.cidrs) == 3
+
+
+def test_a_policy_fails_once_and_only_where_it_is_concerned() -> None:
+    """The API server refuses a report that names a policy twice."""
+    model, kernel = started(), Kernel()
+    model.compiler = Compiler(max_entries=3)
+    everybody = Selector()
+    model.put_policy(replace(ports("large", "", 4), selector=everybody))
+    for name, address, device in (("a", A, 7), ("b", B, 8)):
+        add(model, f"pod-{name}", address, name, device)
+    kernel.carry_out(model)
+    assert reasons(model) == {"large": "TooLarge 4 entries for one pod where 3 fit"}
+    assert not _in_force(model, _failed(model), {})
+    # Never in force before, and nothing of it now: closed both ways.
+    assert {entry.flags for entry in kernel.endpoints.values()} == {ENFORCED}
+    assert model.closed_pods() == {"pod-a", "pod-b"}
+
+    model.put_policy(replace(ports("large", "", 2), selector=everybody))
+    model.put_policy(ports("audit", "a", 2, first=1000, mode=PolicyMode.AUDIT))
+    kernel.carry_out(model)
+    # Only what would be denied can't be told.
+    assert reasons(model) == {"audit": "TooLarge 4 entries for one pod where 3 fit"}
+    assert [each.uid for each in _in_force(model, _failed(model), {})] == ["large"]
+    assert not model.closed_pods()
 
 
 def test_anything_else_that_goes_wrong_is_an_error() -> None:
