@@ -4,6 +4,7 @@ conntrack doesn't understand."""
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import socket
@@ -38,7 +39,7 @@ PORT = 8080
 CLIENT_PORTS = itertools.count(20000)
 ENFORCED = EndpointFlag.INGRESS_ENFORCED | EndpointFlag.EGRESS_ENFORCED
 ETH_P_ALL = 0x0003
-IP_RECVERR, IPV6_RECVERR = 11, 25
+IP_MTU_DISCOVER, IPV6_MTU_DISCOVER, PMTUDISC_DO = 10, 23, 2
 
 PODS = ("client", "server", "other")
 
@@ -83,6 +84,7 @@ class Node:
     ipr: IPRoute
     programs: Programs
     maps: PolicyMaps
+    routed: bool
     revision: int = 1
     counters: dict[tuple[Reason, Direction], Counter] = field(default_factory=dict)
 
@@ -222,7 +224,7 @@ def built(
             maps.cidrs.update(ip_network(block), CidrEntry(0, CidrFlag.CLUSTER))
         for family in FAMILIES:
             maps.services.update(ip_address(service(family)))
-        node = Node(host, pods, ipr, programs, maps)
+        node = Node(host, pods, ipr, programs, maps, request.param == "routed")
         node.guard()
         node.attach()
         # Before a pod has been heard of, its packets go through the stack.
@@ -370,6 +372,61 @@ def test_a_connection_beside_that_of_a_service_is_kept_apart(
                 assert peer[1] != client_port
                 exchange(direct, second)
                 exchange(served, first)
+
+
+@families
+@pytest.mark.parametrize(
+    "ways", [("pod", "service"), ("service", "pod")], ids=["direct first", "service first"]
+)
+def test_ports_may_be_used_again_at_once_by_another_way(
+    node: Node, family: int, client_port: int, ways: tuple[str, str]
+) -> None:
+    """What is remembered of the connection before doesn't show its packets the way."""
+    with server(node, family) as listening:
+        for way in ways:
+            target = service(family) if way == "service" else address("server", family)
+            with closing(connect(node, family, target, client_port)) as one:
+                other, _ = listening.accept()
+                with closing(other):
+                    other.settimeout(PATIENCE)
+                    exchange(one, other, rounds=3)
+                    if way == ways[0]:
+                        # Without TIME_WAIT, which would keep the ports.
+                        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@families
+def test_what_does_not_fit_the_other_pod_is_left_to_the_stack(node: Node, family: int) -> None:
+    """Which says so; nobody else would."""
+    if not node.routed:
+        pytest.skip("a bridge tells nobody what it drops for its size")
+    ip(node.host, "link set v-server mtu 1300")
+    ip(node.pods["server"], "link set eth0 mtu 1300")
+    try:
+        with (
+            closing(node.socket("client", family, socket.SOCK_DGRAM)) as one,
+            closing(node.socket("server", family, socket.SOCK_DGRAM, PORT)) as other,
+        ):
+            level, option = (
+                (socket.IPPROTO_IP, IP_MTU_DISCOVER)
+                if family == 4
+                else (socket.IPPROTO_IPV6, IPV6_MTU_DISCOVER)
+            )
+            one.setsockopt(level, option, PMTUDISC_DO)
+            one.connect((address("server", family), PORT))
+            for _ in range(3):
+                one.send(b"?")
+                other.recv(16)
+            one.send(bytes(1400))
+            deadline = time.monotonic() + PATIENCE
+            with pytest.raises(OSError) as refusal:
+                while time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    one.send(bytes(1400))
+            assert refusal.value.errno == errno.EMSGSIZE
+    finally:
+        ip(node.host, "link set v-server mtu 1500")
+        ip(node.pods["server"], "link set eth0 mtu 1500")
 
 
 @families

@@ -879,10 +879,10 @@ def test_how_long_connections_live(node: Node, end: str) -> None:
     node.send(FROM_POD, node.tcp("our pod", "remote pod", p.SYN))
     assert node.lifetime_s() == 60
     node.send(TO_POD, node.tcp("remote pod", "our pod", p.SYN | p.ACK, 40000, 80))
-    assert node.lifetime_s() == 7200
+    assert node.lifetime_s() == 86400
     if end == "FIN of both":
         node.send(FROM_POD, node.tcp("our pod", "remote pod", p.FIN | p.ACK))
-        assert node.lifetime_s() == 7200
+        assert node.lifetime_s() == 86400
         node.send(TO_POD, node.tcp("remote pod", "our pod", p.FIN | p.ACK, 40000, 80))
     elif end == "RST of the peer":
         node.send(TO_POD, node.tcp("remote pod", "our pod", p.RST, 40000, 80))
@@ -978,7 +978,7 @@ def test_icmp_errors_about_known_flows_pass(node: Node) -> None:
     assert node.send(TO_POD, node.error("the world", "our pod", sent, (5, 137))) is NO_INGRESS
     assert node.send(TO_POD, node.error("the world", "our pod", sent[:22])) is NO_INGRESS
     assert node.send(FROM_POD, node.error("our pod", "remote pod", sent)) is NO_EGRESS
-    node.age(7200)
+    node.age(86400)
     assert node.send(TO_POD, about_sent) is NO_INGRESS
 
 

@@ -317,7 +317,7 @@ def test_the_sample_and_the_whole_installation_are_accepted(lab: Lab) -> None:
     "kind",
     [
         *("meshconfigs", "meshnodes", "meshstatuses", "meshpolicies", "clustermeshpolicies"),
-        *("meshidentities", "meshendpointslices"),
+        *("meshidentities", "meshendpointslices", "meshpolicyreports"),
     ],
 )
 def test_every_field_is_documented(lab: Lab, kind: str) -> None:

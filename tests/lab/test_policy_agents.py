@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import pytest
@@ -157,6 +158,8 @@ class Monitor:
             stderr=subprocess.STDOUT,
             text=True,
             env=environment(lab),
+            # Where these tests run in the background, it is ignored, and children inherit that.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._read, daemon=True)

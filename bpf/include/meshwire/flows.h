@@ -8,7 +8,8 @@
 
 /* After the last packet. UDP and SCTP have no end that could be seen; SCTP's heartbeat is 30 s. */
 #define MW_LIFETIME_TCP_NEW (60 * MW_SECOND)
-#define MW_LIFETIME_TCP (7200 * MW_SECOND)
+/* Well above the two hours of a keepalive; kube-proxy has conntrack do the same. */
+#define MW_LIFETIME_TCP (86400 * MW_SECOND)
 #define MW_LIFETIME_TCP_CLOSING (10 * MW_SECOND)
 #define MW_LIFETIME_DATAGRAM_NEW (60 * MW_SECOND)
 #define MW_LIFETIME_DATAGRAM (180 * MW_SECOND)

@@ -247,7 +247,7 @@ static __always_inline struct mw_policy_state *state_of(void)
  * What goes directly, conntrack doesn't see. So no packet may go that way which conntrack would translate:
  * neither what a service leads to the other pod, nor the answer to that. The first that applies:
  *
- *  1. Handed to the other pod: DIRECT.
+ *  1. Handed to the other pod: DIRECT, unless a service was seen to use the flow just now.
  *  2. Where it leaves its pod: as it was. A connection's first packet to a pod's own address is nothing
  *     that would be translated: DIRECT. Of any other packet, only where it comes out can tell.
  *  3. Out of the stack, TCP: STACK, unless it was DIRECT, and can't go that way for the moment.
@@ -258,24 +258,16 @@ static __always_inline struct mw_policy_state *state_of(void)
 static __always_inline __u8 next_way(struct mw_question *question, const struct mw_flow_key *key, __u8 way,
 				     bool known, bool reply)
 {
-	struct mw_policy_state *state;
-
 	switch (question->where) {
 	case MW_SKIPPING:
-		return MW_FLOW_DIRECT; /* 1 */
+		return key->protocol == IPPROTO_UDP && way == MW_FLOW_STACK ? way : MW_FLOW_DIRECT; /* 1 */
 	case MW_LEAVING:
 		return !way && !reply && is_first_syn(key, question->tcp_flags) ? MW_FLOW_DIRECT : way; /* 2 */
 	case MW_THROUGH_STACK:
 		if (key->protocol != IPPROTO_UDP)
 			return way ? way : MW_FLOW_STACK; /* 3 */
-		if (way == MW_FLOW_DIRECT) {
-			state = state_of();
-			if (state)
-				__sync_fetch_and_add(&state->upsets, 1);
-			return MW_FLOW_STACK; /* 4 */
-		}
 		if (way || reply || !question->may_skip)
-			return MW_FLOW_STACK;
+			return MW_FLOW_STACK; /* 4 */
 		/* 5. The receiver's flow is begun here, by what the sender's says. */
 		if (key->direction == MW_EGRESS ? known : !known && question->way == MW_FLOW_DIRECT)
 			return MW_FLOW_DIRECT;
@@ -290,7 +282,8 @@ static __always_inline __u8 next_way(struct mw_question *question, const struct 
  *
  *  1. There is none, it expired, or it is from before the pod was made: nothing.
  *  2. It goes directly, and a service leads the first packet of another connection to the same ports: dropped,
- *     PORTS_IN_USE. The pod at the other end would take it for one of the connection that is there.
+ *     PORTS_IN_USE. The pod at the other end would take it for one of the connection that is there. The
+ *     sender's flow says so; that of the other end may be of a pod that had its address before.
  *  3. It was judged by these rules, with this peer, and let through: its judgement stands. So it does
  *     where it was deferred, until the real destination is known.
  *  4. Anything else is judged anew, as the packet that began it. What is dropped now stays known, and is
@@ -301,17 +294,21 @@ MW_SUBPROGRAM enum mw_reason follow(struct mw_question *question, const struct m
 {
 	struct mw_flow *flow = bpf_map_lookup_elem(&flows, key);
 	const __u64 now = bpf_ktime_get_ns();
+	struct mw_policy_state *state;
 	enum mw_reason reason;
-	__u8 way;
+	__u8 before, way;
 
 	if (!flow || flow->expires <= now || flow->revision < question->pod.born)
 		return MW_NOT_OURS; /* 1 */
-	way = flow->flags & MW_FLOW_WAY;
+	before = way = flow->flags & MW_FLOW_WAY;
 	if (!reply && is_first_syn(key, question->tcp_flags)) {
-		if (flow->flags & MW_FLOW_CLOSING)
+		if (flow->flags & MW_FLOW_CLOSING || question->where == MW_ON_ITS_WAY) {
 			way = 0;
-		else if (way == MW_FLOW_DIRECT && question->where == MW_THROUGH_STACK)
-			return MW_DROP_PORTS_IN_USE; /* 2 */
+		} else if (way == MW_FLOW_DIRECT && question->where == MW_THROUGH_STACK) {
+			if (key->direction == MW_EGRESS)
+				return MW_DROP_PORTS_IN_USE; /* 2 */
+			way = 0;
+		}
 	}
 	way = next_way(question, key, way, true, reply);
 	reason = flow->reason;
@@ -324,6 +321,12 @@ MW_SUBPROGRAM enum mw_reason follow(struct mw_question *question, const struct m
 	}
 	touch_flow(flow, key, question->tcp_flags, reply, way, now);
 	question->way = way;
+	if (before && before != way) {
+		/* After the flow has it: who finds out from here on remembers the new way. */
+		state = state_of();
+		if (state)
+			__sync_fetch_and_add(&state->upsets, 1);
+	}
 	return reply && !is_drop(reason) ? MW_POLICY_REPLY : reason;
 }
 

@@ -163,7 +163,8 @@ struct mw_verdict {
 	__u8 macs[12]; /* destination and source for the target; all zero: those it has */
 	__u8 reason; /* enum mw_reason, of the pod's policy */
 	__u8 target_reason; /* of the target's, for what it gets */
-	__u8 pad[6];
+	__u16 target_mtu; /* of IP packets */
+	__be16 sport, dport; /* as in the key: the place of one that is evicted may be another's while it is read */
 };
 
 /* Value of `pod_links` (LRU, key: the ifindex of the host's end): the addresses of a pod's link, as the pod's

@@ -33,6 +33,8 @@ static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_hook hook,
 	__be16 type;
 
 	__builtin_memset(key, 0, sizeof(*key));
+	if (skb->vlan_present)
+		return false;
 	if (data + l2 + sizeof(*ip) > end)
 		return false;
 	type = ethernet ? ((const struct ethhdr *)data)->h_proto : bpf_htons(type_of(*(const __u8 *)ip));
@@ -69,6 +71,12 @@ static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_hook hook,
 	return true;
 }
 
+/* For a device with this MTU. Segments of one that is still to be cut up have been told their size. */
+static __always_inline bool is_too_big(const struct __sk_buff *skb, __u32 mtu)
+{
+	return !skb->gso_size && skb->len > mtu + ETH_HLEN;
+}
+
 /* Hands the packet to the pod behind `verdict->target`; the TC action. Its time to live stays as it is:
  * nobody has routed it. */
 static __always_inline int hand_over(struct __sk_buff *skb, const struct mw_verdict *verdict)
@@ -90,20 +98,26 @@ static __always_inline int hand_over(struct __sk_buff *skb, const struct mw_verd
 __noinline int recall(struct __sk_buff *skb, enum mw_hook hook, bool ethernet)
 {
 	const struct mw_policy_state *state = state_of();
-	const struct mw_verdict *verdict;
+	const struct mw_verdict *found;
 	struct mw_verdict_key key;
+	struct mw_verdict verdict;
 
 	if (!state || !read_plain(skb, hook, ethernet, &key))
 		return MW_NOT_REMEMBERED;
-	verdict = bpf_map_lookup_elem(&verdicts, &key);
-	if (!verdict || verdict->generation != state->generation || verdict->upsets != state->upsets ||
-	    verdict->until <= bpf_ktime_get_coarse_ns())
+	found = bpf_map_lookup_elem(&verdicts, &key);
+	if (!found)
 		return MW_NOT_REMEMBERED;
-	count_policy(skb, verdict->reason, hook == MW_TO_POD ? MW_INGRESS : MW_EGRESS);
-	if (!verdict->target)
+	verdict = *found;
+	if (verdict.generation != state->generation || verdict.upsets != state->upsets ||
+	    verdict.until <= bpf_ktime_get_coarse_ns() || verdict.sport != key.sport || verdict.dport != key.dport)
+		return MW_NOT_REMEMBERED;
+	if (verdict.target && is_too_big(skb, verdict.target_mtu))
+		return MW_NOT_REMEMBERED;
+	count_policy(skb, verdict.reason, hook == MW_TO_POD ? MW_INGRESS : MW_EGRESS);
+	if (!verdict.target)
 		return TC_ACT_UNSPEC;
-	count_policy(skb, verdict->target_reason, MW_INGRESS);
-	return hand_over(skb, verdict);
+	count_policy(skb, verdict.target_reason, MW_INGRESS);
+	return hand_over(skb, &verdict);
 }
 
 /* Before anything is looked up for the packet. */
@@ -141,6 +155,8 @@ __noinline int remember(struct __sk_buff *skb, const struct mw_question *questio
 	    is_own_pod(hook == MW_TO_POD ? key.src : key.dst, key.family))
 		return 0;
 	verdict = question->verdict;
+	verdict.sport = key.sport;
+	verdict.dport = key.dport;
 	verdict.until = bpf_ktime_get_coarse_ns() + MW_REMEMBERED;
 	verdict.reason = reason;
 	if (verdict.target) {
@@ -189,9 +205,10 @@ static __always_inline bool is_set(const __u8 *mac)
 	return !is_same_mac(mac, none);
 }
 
-static __always_inline bool is_tracked(const struct mw_packet *packet, const struct mw_question *question)
+static __always_inline bool is_tracked(const struct __sk_buff *skb, const struct mw_packet *packet,
+				       const struct mw_question *question)
 {
-	if (packet->first_fragment || packet->later_fragment || packet->tagged)
+	if (packet->first_fragment || packet->later_fragment || packet->tagged || skb->vlan_present)
 		return false;
 	return question->key.protocol == IPPROTO_TCP || question->key.protocol == IPPROTO_UDP ||
 	       question->quoted.family;
@@ -205,15 +222,20 @@ MW_SUBPROGRAM bool find_target(struct __sk_buff *skb, const struct mw_packet *pa
 	const struct mw_policy_state *state = state_of();
 	struct mw_verdict *verdict = &question->verdict;
 	const struct mw_pod_link *link;
+	__u32 mtu = 0;
 	__u8 mac[6];
 
-	if (!state || !(state->flags & MW_SKIP_STACK) || !is_tracked(packet, question))
+	if (!state || !(state->flags & MW_SKIP_STACK) || !is_tracked(skb, packet, question))
 		return false;
 	if (!pod_lookup(&packet->dst, pod) || pod->ifindex == skb->ifindex)
 		return false;
 	link = bpf_map_lookup_elem(&pod_links, &pod->ifindex);
 	if (!link || bpf_skb_load_bytes(skb, 0, mac, sizeof(mac)))
 		return false;
+	/* Where it doesn't fit, the stack has an answer. */
+	if (bpf_check_mtu(skb, pod->ifindex, &mtu, 0, 0))
+		return false;
+	verdict->target_mtu = mtu;
 	if (!is_same_mac(mac, link->pod)) {
 		if (!is_set(link->gateway) || skb->pkt_type != PACKET_HOST)
 			return false;
@@ -225,11 +247,12 @@ MW_SUBPROGRAM bool find_target(struct __sk_buff *skb, const struct mw_packet *pa
 }
 
 /* The same, where it comes out of the stack: whether those that follow could. */
-static __always_inline bool could_skip(const struct mw_packet *packet, const struct mw_question *question,
-				       __u32 ifindex)
+static __always_inline bool could_skip(const struct __sk_buff *skb, const struct mw_packet *packet,
+				       const struct mw_question *question)
 {
 	const struct mw_policy_state *state = state_of();
+	const __u32 ifindex = skb->ifindex;
 
-	return state && state->flags & MW_SKIP_STACK && is_tracked(packet, question) &&
+	return state && state->flags & MW_SKIP_STACK && is_tracked(skb, packet, question) &&
 	       bpf_map_lookup_elem(&pod_links, &ifindex);
 }

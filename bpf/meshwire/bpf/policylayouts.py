@@ -186,7 +186,9 @@ class Verdict(ctypes.Structure):
         ("macs", ctypes.c_uint8 * 12),
         ("reason", ctypes.c_uint8),
         ("target_reason", ctypes.c_uint8),
-        ("pad", ctypes.c_uint8 * 6),
+        ("target_mtu", ctypes.c_uint16),
+        ("sport", ctypes.c_uint16),
+        ("dport", ctypes.c_uint16),
     ]
 
 

@@ -32,7 +32,7 @@ static __always_inline enum mw_reason from_pod(struct __sk_buff *skb, const stru
 	reason = ask(question, MW_EGRESS);
 	if (is_drop(reason))
 		return reason; /* 4 */
-	if (!question->may_skip || question->way != MW_FLOW_DIRECT) {
+	if (!question->may_skip || question->way != MW_FLOW_DIRECT || reason == MW_POLICY_DEFERRED) {
 		question->verdict.target = 0;
 		return reason; /* 5 */
 	}

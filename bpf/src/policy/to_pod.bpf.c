@@ -24,7 +24,7 @@ static __always_inline enum mw_reason to_pod(struct __sk_buff *skb, const struct
 		return reason;
 	if (pod_lookup(&packet->src, &question->pod)) {
 		question->where = MW_THROUGH_STACK;
-		question->may_skip = could_skip(packet, question, skb->ifindex);
+		question->may_skip = could_skip(skb, packet, question);
 		question->translated = true;
 		reason = ask(question, MW_EGRESS);
 		if (is_drop(reason))

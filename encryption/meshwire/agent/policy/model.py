@@ -824,6 +824,7 @@ class Model:
     def refuse_block(self, block: Network) -> None:
         """The same for a block: closes all that can't do without it."""
         self._refused_blocks.add(block)
+        self._fit_blocks_anew = True
         self._fit_blocks()
 
     def forgive(self) -> None:

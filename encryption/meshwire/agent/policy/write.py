@@ -283,26 +283,29 @@ class _Writer:
         model, cidrs = self._model, self._maps.cidrs
         blocks = model.cidrs.writes()
         refused = False
-        for block, (number, flags) in blocks:
-            if model.cidrs.desired.get(block) != (number, flags):
-                # Given up since, for another one that was refused.
-                continue
-            try:
-                cidrs.update(block, CidrEntry(number, flags))
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                log.warning("policy: the kernel has no room for a block that was to fit: %s", error)
-                refused = True
-                model.refuse_block(block)
-                # At once: rules that know of the block are in force.
-                self._close_pods()
-            else:
-                model.cidrs.wrote([(block, (number, flags))])
+        try:
+            for block, (number, flags) in blocks:
+                if model.cidrs.desired.get(block) != (number, flags):
+                    # Given up since, for another one that was refused.
+                    continue
+                try:
+                    cidrs.update(block, CidrEntry(number, flags))
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+                    log.warning("policy: the kernel has no room for a block that was to fit: %s", error)
+                    refused = True
+                    model.refuse_block(block)
+                    # At once: rules that know of the block are in force.
+                    self._close_pods()
+                else:
+                    model.cidrs.wrote([(block, (number, flags))])
+        finally:
+            # Also after some of them: flows judged before are judged once more.
+            if blocks:
+                model.cidrs_written()
         if refused:
             self._delete_blocks()
-        if blocks:
-            model.cidrs_written()
 
     def _write_identities(self) -> None:
         model, identities = self._model, self._maps.identities
