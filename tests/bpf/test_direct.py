@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from pyroute2 import IPRoute, netns
+from tests.bpf.spaces import inside, ip
 
 from meshwire.bpf import loader, tc
 from meshwire.bpf.layouts import Direction, Reason
@@ -55,19 +56,6 @@ def pods_of(family: int) -> str:
 
 def service(family: int) -> str:
     return "10.96.0.10" if family == 4 else "fd00:96::10"
-
-
-@contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    netns.pushns(namespace)
-    try:
-        yield
-    finally:
-        netns.popns()
-
-
-def ip(namespace: str, *lines: str) -> None:
-    subprocess.run(["ip", "-n", namespace, "-batch", "-"], input="\n".join(lines), text=True, check=True)
 
 
 def run(namespace: str, *command: str) -> str:

@@ -21,7 +21,8 @@ from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
-from pyroute2 import IPRoute, netns
+from pyroute2 import IPRoute
+from tests.bpf.spaces import inside, ip
 
 from meshwire.bpf import loader, tc
 from meshwire.bpf import packets as p
@@ -54,20 +55,6 @@ def pod_address(node: int, family: int) -> str:
 
 def node_address(node: int, family: int) -> str:
     return f"192.168.0.{node}" if family == 4 else f"fd00:9::{node}"
-
-
-@contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """Sockets and devices opened meanwhile belong to the namespace, and stay there."""
-    netns.pushns(namespace)
-    try:
-        yield
-    finally:
-        netns.popns()
-
-
-def ip(namespace: str, *lines: str) -> None:
-    subprocess.run(["ip", "-n", namespace, "-batch", "-"], input="\n".join(lines), text=True, check=True)
 
 
 def sysctl(namespace: str, *settings: str) -> None:
