@@ -72,7 +72,6 @@ class Node:
     ipr: IPRoute
     programs: Programs
     maps: PolicyMaps
-    routed: bool
     revision: int = 1
     counters: dict[tuple[Reason, Direction], Counter] = field(default_factory=dict)
 
@@ -212,7 +211,7 @@ def built(
             maps.cidrs.update(ip_network(block), CidrEntry(0, CidrFlag.CLUSTER))
         for family in FAMILIES:
             maps.services.update(ip_address(service(family)))
-        node = Node(host, pods, ipr, programs, maps, request.param == "routed")
+        node = Node(host, pods, ipr, programs, maps)
         node.guard()
         node.attach()
         # Before a pod has been heard of, its packets go through the stack.
@@ -384,10 +383,9 @@ def test_ports_may_be_used_again_at_once_by_another_way(
 
 
 @families
+@pytest.mark.parametrize("built", ["routed"], indirect=True)
 def test_what_does_not_fit_the_other_pod_is_left_to_the_stack(node: Node, family: int) -> None:
-    """Which says so; nobody else would."""
-    if not node.routed:
-        pytest.skip("a bridge tells nobody what it drops for its size")
+    """Which says so. A bridge would tell nobody."""
     ip(node.host, "link set v-server mtu 1300")
     ip(node.pods["server"], "link set eth0 mtu 1300")
     try:
