@@ -155,6 +155,10 @@ def build(namespaces: Callable[[str], str], wiring: str) -> tuple[str, dict[str,
             "addr add fd00:1:0:1::1/64 dev cni0 nodad",
             "link set cni0 up",
         )
+        # As kube-proxy needs it, for replies to come back through its translation.
+        subprocess.run(["modprobe", "br_netfilter"], capture_output=True)
+        settings = (f"net.bridge.bridge-nf-call-{tool}=1" for tool in ("iptables", "ip6tables"))
+        run(host, "sysctl", "-qw", *settings)
     pods = {}
     for pod in PODS:
         pods[pod] = within = namespaces(pod)

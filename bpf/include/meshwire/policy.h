@@ -34,7 +34,11 @@ struct mw_question {
 	bool may_skip; /* there is all it takes to hand packets to the other pod directly */
 	__u8 way; /* answer: MW_FLOW_DIRECT, MW_FLOW_STACK or 0, not known */
 	__u8 sender_reason; /* answer: where the packet goes directly, by the policy of the pod that sends it */
-	struct mw_verdict verdict; /* answer: the packet's way, to be remembered */
+	/* Answers, to be remembered; as in mw_verdict. Small: older kernels (6.1) add up what calls within calls
+	 * have on the stack. */
+	__u16 target_mtu;
+	__u32 generation, upsets, target;
+	__u8 macs[12];
 };
 
 enum mw_ruling {
@@ -439,6 +443,14 @@ MW_SUBPROGRAM bool pod_lookup(const struct mw_prefix *address, struct mw_endpoin
 		return false;
 	*pod = *found;
 	return true;
+}
+
+/* Whether a pod of this node has an address. In a frame of its own: see mw_question. */
+MW_SUBPROGRAM bool is_own_pod(const __u8 *addr, __u8 family)
+{
+	struct mw_ip ip = ip_of(addr, family);
+
+	return bpf_map_lookup_elem(&endpoints, &ip);
 }
 
 static __always_inline bool is_link_local(const struct mw_prefix *address)

@@ -77,20 +77,21 @@ static __always_inline bool is_too_big(const struct __sk_buff *skb, __u32 mtu)
 	return !skb->gso_size && skb->len > mtu + ETH_HLEN;
 }
 
-/* Hands the packet to the pod behind `verdict->target`; the TC action. Its time to live stays as it is:
+/* Hands the packet to the pod behind the device `target`; the TC action. `addresses` are destination and source
+ * for its frame, all zero: those it has. Its time to live stays as it is:
  * nobody has routed it. */
-static __always_inline int hand_over(struct __sk_buff *skb, const struct mw_verdict *verdict)
+static __always_inline int hand_over(struct __sk_buff *skb, __u32 target, const __u8 *addresses)
 {
-	const __u32 *macs = (const __u32 *)verdict->macs;
+	const __u32 *macs = (const __u32 *)addresses;
 
 	if (macs[0] | macs[1] | macs[2]) {
-		if (bpf_skb_store_bytes(skb, 0, verdict->macs, sizeof(verdict->macs), 0))
+		if (bpf_skb_store_bytes(skb, 0, addresses, 2 * ETH_ALEN, 0))
 			return TC_ACT_SHOT;
 	} else if (skb->pkt_type != PACKET_HOST && bpf_skb_change_type(skb, PACKET_HOST)) {
 		/* It was for a port of the same bridge, not for the device it came by. */
 		return TC_ACT_SHOT;
 	}
-	return bpf_redirect_peer(verdict->target, 0);
+	return bpf_redirect_peer(target, 0);
 }
 
 /* The TC action on the packet by what was found for those like it lately; it is counted, too.
@@ -117,25 +118,18 @@ __noinline int recall(struct __sk_buff *skb, enum mw_hook hook, bool ethernet)
 	if (!verdict.target)
 		return TC_ACT_UNSPEC;
 	count_policy(skb, verdict.target_reason, MW_INGRESS);
-	return hand_over(skb, &verdict);
+	return hand_over(skb, verdict.target, verdict.macs);
 }
 
 /* Before anything is looked up for the packet. */
-static __always_inline void begin_verdict(struct mw_verdict *verdict)
+static __always_inline void begin_verdict(struct mw_question *question)
 {
 	const struct mw_policy_state *state = state_of();
 
 	if (!state)
 		return;
-	verdict->generation = state->generation;
-	verdict->upsets = state->upsets;
-}
-
-static __always_inline bool is_own_pod(const __u8 *addr, __u8 family)
-{
-	struct mw_ip ip = ip_of(addr, family);
-
-	return bpf_map_lookup_elem(&endpoints, &ip);
+	question->generation = state->generation;
+	question->upsets = state->upsets;
 }
 
 /* Keeps what was found for the packet where that says the same of those that follow. Of UDP between pods of
@@ -151,15 +145,21 @@ __noinline int remember(struct __sk_buff *skb, const struct mw_question *questio
 		return 0;
 	if (!read_plain(skb, hook, ethernet, &key))
 		return 0;
-	if (key.protocol == IPPROTO_UDP && question->way != MW_FLOW_STACK && !question->verdict.target &&
+	if (key.protocol == IPPROTO_UDP && question->way != MW_FLOW_STACK && !question->target &&
 	    is_own_pod(hook == MW_TO_POD ? key.src : key.dst, key.family))
 		return 0;
-	verdict = question->verdict;
-	verdict.sport = key.sport;
-	verdict.dport = key.dport;
-	verdict.until = bpf_ktime_get_coarse_ns() + MW_REMEMBERED;
-	verdict.reason = reason;
+	verdict = (struct mw_verdict){
+		.until = bpf_ktime_get_coarse_ns() + MW_REMEMBERED,
+		.generation = question->generation,
+		.upsets = question->upsets,
+		.target = question->target,
+		.reason = reason,
+		.target_mtu = question->target_mtu,
+		.sport = key.sport,
+		.dport = key.dport,
+	};
 	if (verdict.target) {
+		__builtin_memcpy(verdict.macs, question->macs, sizeof(verdict.macs));
 		verdict.reason = question->sender_reason;
 		verdict.target_reason = reason;
 	}
@@ -214,35 +214,35 @@ static __always_inline bool is_tracked(const struct __sk_buff *skb, const struct
 	       question->quoted.family;
 }
 
-/* Whether the packet could be handed to the pod of this node that it is for, and how: `pod` and the verdict's
- * target and addresses are filled in. */
+/* Whether the packet could be handed to the pod of this node that it is for, and how: target and addresses are
+ * filled in. */
 MW_SUBPROGRAM bool find_target(struct __sk_buff *skb, const struct mw_packet *packet,
-			       struct mw_question *question, struct mw_endpoint *pod)
+			       struct mw_question *question)
 {
 	const struct mw_policy_state *state = state_of();
-	struct mw_verdict *verdict = &question->verdict;
 	const struct mw_pod_link *link;
+	struct mw_endpoint pod;
 	__u32 mtu = 0;
 	__u8 mac[6];
 
 	if (!state || !(state->flags & MW_SKIP_STACK) || !is_tracked(skb, packet, question))
 		return false;
-	if (!pod_lookup(&packet->dst, pod) || pod->ifindex == skb->ifindex)
+	if (!pod_lookup(&packet->dst, &pod) || pod.ifindex == skb->ifindex)
 		return false;
-	link = bpf_map_lookup_elem(&pod_links, &pod->ifindex);
+	link = bpf_map_lookup_elem(&pod_links, &pod.ifindex);
 	if (!link || bpf_skb_load_bytes(skb, 0, mac, sizeof(mac)))
 		return false;
 	/* Where it doesn't fit, the stack has an answer. */
-	if (bpf_check_mtu(skb, pod->ifindex, &mtu, 0, 0))
+	if (bpf_check_mtu(skb, pod.ifindex, &mtu, 0, 0))
 		return false;
-	verdict->target_mtu = mtu;
+	question->target_mtu = mtu;
 	if (!is_same_mac(mac, link->pod)) {
 		if (!is_set(link->gateway) || skb->pkt_type != PACKET_HOST)
 			return false;
-		__builtin_memcpy(verdict->macs, link->pod, sizeof(link->pod));
-		__builtin_memcpy(verdict->macs + sizeof(link->pod), link->gateway, sizeof(link->gateway));
+		__builtin_memcpy(question->macs, link->pod, sizeof(link->pod));
+		__builtin_memcpy(question->macs + sizeof(link->pod), link->gateway, sizeof(link->gateway));
 	}
-	verdict->target = pod->ifindex;
+	question->target = pod.ifindex;
 	return true;
 }
 

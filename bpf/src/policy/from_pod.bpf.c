@@ -14,7 +14,6 @@ static __always_inline enum mw_reason from_pod(struct __sk_buff *skb, const stru
 					       struct mw_question *question)
 {
 	const bool control = is_control(skb, packet, true);
-	struct mw_endpoint other;
 	enum mw_reason reason;
 
 	if (control && (is_link_local(&packet->src) || is_unspecified(&packet->src)))
@@ -27,18 +26,19 @@ static __always_inline enum mw_reason from_pod(struct __sk_buff *skb, const stru
 	if (reason != MW_NOT_OURS)
 		return reason;
 	learn_link(skb);
-	question->may_skip = find_target(skb, packet, question, &other);
+	question->may_skip = find_target(skb, packet, question);
 	question->where = question->may_skip ? MW_LEAVING : MW_ON_ITS_WAY;
 	reason = ask(question, MW_EGRESS);
 	if (is_drop(reason))
 		return reason; /* 4 */
 	if (!question->may_skip || question->way != MW_FLOW_DIRECT || reason == MW_POLICY_DEFERRED) {
-		question->verdict.target = 0;
+		question->target = 0;
 		return reason; /* 5 */
 	}
 	count_policy(skb, reason, question->direction);
 	question->sender_reason = reason;
-	question->pod = other;
+	if (!pod_lookup(&packet->dst, &question->pod))
+		return MW_DROP_WRONG_POD; /* It has just gone. */
 	question->where = MW_SKIPPING;
 	return ask(question, MW_INGRESS); /* 6 */
 }
@@ -56,7 +56,7 @@ int mwp_from_pod(struct __sk_buff *skb)
 	if (action != MW_NOT_REMEMBERED)
 		return action;
 	parsed = read_packet(skb, true, &packet, &question);
-	begin_verdict(&question.verdict);
+	begin_verdict(&question);
 	question.direction = MW_EGRESS;
 	if (parsed == MW_IP)
 		reason = from_pod(skb, &packet, &question);
@@ -68,7 +68,7 @@ int mwp_from_pod(struct __sk_buff *skb)
 	if (action == TC_ACT_SHOT)
 		return action;
 	remember(skb, &question, reason, MW_FROM_POD, true);
-	return question.verdict.target ? hand_over(skb, &question.verdict) : action;
+	return question.target ? hand_over(skb, question.target, question.macs) : action;
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

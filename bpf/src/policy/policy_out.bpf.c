@@ -15,7 +15,6 @@
 static __always_inline enum mw_reason policy_out(struct __sk_buff *skb, const struct mw_packet *packet,
 						 struct mw_question *question)
 {
-	struct mw_endpoint other;
 	enum mw_reason reason;
 
 	if (!pod_lookup(&packet->src, &question->pod)) {
@@ -25,7 +24,7 @@ static __always_inline enum mw_reason policy_out(struct __sk_buff *skb, const st
 	}
 	if (is_control(skb, packet, true))
 		return MW_NOT_OURS; /* 3 */
-	if (pod_lookup(&packet->dst, &other))
+	if (is_own_pod(packet->dst.addr, packet->family))
 		return MW_NOT_OURS; /* 4 */
 	reason = read_transport(skb, packet, question);
 	if (reason != MW_NOT_OURS)
@@ -46,7 +45,7 @@ static __always_inline int leave(struct __sk_buff *skb, bool ethernet)
 		return action;
 	/* What can't be read is no pod's: mwp_from_pod has dropped it. */
 	if (read_packet(skb, ethernet, &packet, &question) == MW_IP) {
-		begin_verdict(&question.verdict);
+		begin_verdict(&question);
 		reason = policy_out(skb, &packet, &question);
 	}
 	action = finish_policy(skb, &packet, &question, reason);

@@ -12,12 +12,11 @@
 static __always_inline enum mw_reason to_pod(struct __sk_buff *skb, const struct mw_packet *packet,
 					     struct mw_question *question)
 {
-	struct mw_endpoint pod;
 	enum mw_reason reason;
 
 	if (is_control(skb, packet, false))
 		return MW_NOT_OURS; /* 1 */
-	if (!pod_lookup(&packet->dst, &pod) || pod.ifindex != skb->ifindex)
+	if (!pod_lookup(&packet->dst, &question->pod) || question->pod.ifindex != skb->ifindex)
 		return MW_DROP_WRONG_POD; /* 2 */
 	reason = read_transport(skb, packet, question);
 	if (reason != MW_NOT_OURS)
@@ -33,8 +32,9 @@ static __always_inline enum mw_reason to_pod(struct __sk_buff *skb, const struct
 		if (reason == MW_POLICY_WOULD_DENY)
 			count_policy(skb, reason, question->direction);
 		question->translated = false;
+		if (!pod_lookup(&packet->dst, &question->pod))
+			return MW_DROP_WRONG_POD; /* It has just gone. */
 	}
-	question->pod = pod;
 	return ask(question, MW_INGRESS); /* 4 */
 }
 
@@ -51,7 +51,7 @@ int mwp_to_pod(struct __sk_buff *skb)
 	if (action != MW_NOT_REMEMBERED)
 		return action;
 	parsed = read_packet(skb, true, &packet, &question);
-	begin_verdict(&question.verdict);
+	begin_verdict(&question);
 	question.direction = MW_INGRESS;
 	if (parsed == MW_IP)
 		reason = to_pod(skb, &packet, &question);
