@@ -59,7 +59,8 @@ def test_all_programs_load_into_one_set_of_maps(bpffs: Path, objects: Path) -> N
             is_pods = name in (loader.FROM_POD, loader.TO_POD)
             assert (len(programs.get(name).map_ids) == len(MAPS)) is is_pods
             _, verified = loader.instructions(programs.get(name))
-            assert verified < VERIFIER_LIMIT / 5, "Linux 6.1 goes through up to three times as many"
+            # Linux 6.1 goes through up to three times as many as 6.18.
+            assert verified < VERIFIER_LIMIT / 3
 
 
 def test_the_encrypting_programs_are_loaded_without_them(bpffs: Path, objects: Path) -> None:
