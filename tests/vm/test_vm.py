@@ -23,7 +23,7 @@ PATIENCE = 8
 PROCESSORS = min(2, max(1, (os.cpu_count() or 1) // len(SUITES)))
 """Of each guest. Several of them that share one of this machine's would wait for each other."""
 TESTS = ("tests/vm/guest_wireguard.py", "tests/bpf", "tests/vm/guest_lab.py")
-SECONDS = 1500.0
+SECONDS = 2400.0
 
 pytestmark = pytest.mark.vm
 
