@@ -27,7 +27,7 @@ from meshwire.bpf.loader import (
     Programs,
     instructions,
 )
-from meshwire.bpf.policylayouts import CidrFlag, EndpointFlag
+from meshwire.bpf.policylayouts import CidrFlag, EndpointFlag, StateFlag
 from meshwire.bpf.policymaps import CidrEntry, EndpointEntry, PolicyEntry, PolicyKey, PolicyMaps
 from meshwire.bpf.testrun import run
 from meshwire.kube.client import Client, Object
@@ -120,6 +120,7 @@ def _by_rules(programs: Programs, maps: PolicyMaps, us: p.Address, peer: p.Addre
             flags = (EndpointFlag.INGRESS_ENFORCED | EndpointFlag.EGRESS_ENFORCED) if rules else 0
             entry = EndpointEntry(HERE, OURS, SET + number, 0, revision, 1, EndpointFlag(flags))
             maps.endpoints.update(us, entry)
+            maps.state.renew(StateFlag(0))
             for program, name, packet in kinds:
                 if rules or name == "known flow":
                     found = run(programs.get(program).fd, p.frame(packet), repeat=REPEAT).duration_ns
