@@ -19,6 +19,7 @@ enum mw_flow_flags flow_flags;
 struct mw_policy_state policy_state;
 enum mw_policy_state_flags policy_state_flags;
 enum mw_hook hook;
+enum mw_verdict_flows verdict_flows;
 struct mw_verdict_key verdict_key;
 struct mw_verdict verdict;
 struct mw_pod_link pod_link;

@@ -54,6 +54,7 @@ POLICY_ENUMS: dict[str, tuple[type[IntEnum] | type[IntFlag], str]] = {
     "mw_flow_flags": (policylayouts.FlowFlag, "MW_FLOW_"),
     "mw_hook": (policylayouts.Hook, "MW_"),
     "mw_policy_state_flags": (policylayouts.StateFlag, "MW_"),
+    "mw_verdict_flows": (policylayouts.VerdictFlow, "MW_"),
 }
 ALL_STRUCTS, ALL_ENUMS = STRUCTS | POLICY_STRUCTS, ENUMS | POLICY_ENUMS
 POLICY_CONSTANTS = (

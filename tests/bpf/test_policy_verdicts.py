@@ -898,6 +898,45 @@ def test_how_long_connections_live(node: Node, end: str) -> None:
 
 
 @families
+def test_both_pods_of_a_node_know_how_their_connection_ends(node: Node) -> None:
+    """Also where the connection's own packets are remembered, and cost one lookup."""
+    there = [node.tcp("our other pod", "our pod", flags) for flags in (p.SYN, p.ACK, p.FIN | p.ACK)]
+    back = [
+        node.tcp("our pod", "our other pod", flags, 40000, 80) for flags in (p.SYN | p.ACK, p.FIN | p.ACK)
+    ]
+
+    def flags() -> dict[Direction, FlowFlag]:
+        found = {key.direction: entry.flags for key, entry in node.maps.flows.read().items()}
+        return {direction: found[direction] & ~(FlowFlag.DIRECT | FlowFlag.STACK) for direction in found}
+
+    def get(*packets: bytes) -> None:
+        for packet in packets:
+            assert not any(reason.dropped for reason, _ in node.counted(TO_POD, p.frame(packet)))
+
+    # At one device, so that nothing changes meanwhile.
+    node.pod("our pod")
+    node.pod("our other pod")
+    get(there[0], there[1])
+    assert flags() == {EGRESS: FlowFlag(0), INGRESS: FlowFlag(0)}
+    get(back[0], there[2])
+    assert flags() == dict.fromkeys((EGRESS, INGRESS), FlowFlag.REPLIED | FlowFlag.FIN)
+    get(back[1])
+    ended = FlowFlag.REPLIED | FlowFlag.FIN | FlowFlag.FIN_REPLY | FlowFlag.CLOSING
+    assert flags() == dict.fromkeys((EGRESS, INGRESS), ended)
+
+
+@families
+def test_the_end_of_a_connection_is_judged_where_nothing_is_remembered(node: Node) -> None:
+    enforced(node)
+    node.rule(EGRESS, REMOTE, p.TCP, 80)
+    assert node.send(FROM_POD, node.tcp("our pod", "remote pod", p.SYN)) is ALLOWED
+    node.pod(flags=ENFORCED, revision=2, born=2)
+    node.rule(EGRESS, REMOTE, p.TCP, 80, deny=True)
+    assert node.send(FROM_POD, node.tcp("our pod", "remote pod", p.RST)) is NO_EGRESS
+    assert node.send(FROM_POD, node.tcp("our pod", "remote pod", p.FIN | p.ACK)) is NO_EGRESS
+
+
+@families
 def test_a_syn_is_no_reply(node: Node) -> None:
     enforced(node)
     node.rule(EGRESS, REMOTE, p.TCP, 80)

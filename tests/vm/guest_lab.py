@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.lab.test_policy import Town
+from tests.policy_cases import CASES, TOWN, differences
 
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise
@@ -17,6 +19,14 @@ from meshwire.lab.lab import Lab
 from meshwire.lab.model import Settings
 
 pytestmark = pytest.mark.lab
+
+ENDS = tuple(end for end in TOWN if end.name in ("x/a", "x/b", "y/b"))
+"""Two on node1, one on node2."""
+RULES = (
+    "protocol-sctp-is-not-mistaken-for-tcp",
+    "protocol-tcp-is-not-mistaken-for-sctp-on-egress",
+    "deny-of-a-port-leaves-the-others",
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +103,27 @@ def test_a_deleted_device_comes_back_and_nothing_leaks_meanwhile(exercise: Exerc
     streams = [flow for flow in flows.ended if flow.kind == "tcp"]
     assert streams and all(flow.is_clean for flow in streams), flows.broken
     exercise.wait_for_phase("Enforcing")
+
+
+def test_policies_hold_for_tcp_udp_sctp_and_icmp(exercise: Exercise) -> None:
+    """In both families, on one node and between two, directly and by Services. The town stays until the lab
+    goes: to take it down takes longer than the rest."""
+    exercise.set_policy(True)
+    town = Town(exercise, ENDS)
+    assert "SCTP" in town.transports
+    town.build()
+    _say("the town is there")
+    attempts = town.attempts(outside=False, by_service=True)
+    chosen = [case for case in CASES if case.slug in RULES]
+    assert len(chosen) == len(RULES)
+    for case in chosen:
+        for step in case.steps:
+            town.change(step)
+            wrong = town.compare(step.expect, attempts)
+            assert not wrong, f"{case.name}:\n{differences(wrong)}"
+        town.undo(case.steps)
+        _say(f"holds: {case.name}")
+    exercise.set_policy(False)
 
 
 def test_turned_off_nothing_of_it_stays(exercise: Exercise) -> None:

@@ -34,6 +34,7 @@ struct mw_question {
 	bool may_skip; /* there is all it takes to hand packets to the other pod directly */
 	__u8 way; /* answer: MW_FLOW_DIRECT, MW_FLOW_STACK or 0, not known */
 	__u8 sender_reason; /* answer: where the packet goes directly, by the policy of the pod that sends it */
+	__u8 flows; /* answer: enum mw_verdict_flows */
 	/* Answers, to be remembered; as in mw_verdict. Small: older kernels (6.1) add up what calls within calls
 	 * have on the stack. */
 	__u16 target_mtu;
@@ -405,6 +406,7 @@ static __always_inline void record_flow(struct mw_question *question, const stru
  * map: keys are copied to the stack. */
 __noinline enum mw_reason ask(struct mw_question *question, enum mw_direction direction)
 {
+	const bool sender = direction == MW_EGRESS;
 	enum mw_reason reason = MW_NOT_OURS;
 	struct mw_flow_key key;
 
@@ -413,14 +415,16 @@ __noinline enum mw_reason ask(struct mw_question *question, enum mw_direction di
 	question->key.direction = direction;
 	question->direction = direction;
 	question->would_deny = false;
-	question->peer = identity_of(direction == MW_EGRESS ? question->key.dst : question->key.src,
-				     question->key.family);
+	question->peer = identity_of(sender ? question->key.dst : question->key.src, question->key.family);
 
 	if (reverse_key(&question->key, question->tcp_flags, &key)) {
-		key.direction = direction == MW_EGRESS ? MW_INGRESS : MW_EGRESS;
+		key.direction = sender ? MW_INGRESS : MW_EGRESS;
 		reason = follow(question, &key, true); /* 1 */
 	}
-	if (reason == MW_NOT_OURS && is_about_flow(question, direction, &key))
+	question->flows |= sender ? MW_SENDERS_FLOW : MW_RECEIVERS_FLOW;
+	if (reason != MW_NOT_OURS)
+		question->flows |= sender ? MW_SENDERS_REPLY : MW_RECEIVERS_REPLY;
+	else if (is_about_flow(question, direction, &key))
 		return MW_POLICY_REPLY; /* 2 */
 	key = question->key;
 	if (reason == MW_NOT_OURS)

@@ -165,6 +165,16 @@ struct mw_verdict {
 	__u8 target_reason; /* of the target's, for what it gets */
 	__u16 target_mtu; /* of IP packets */
 	__be16 sport, dport; /* as in the key: the place of one that is evicted may be another's while it is read */
+	__u8 flows; /* enum mw_verdict_flows */
+	__u8 pad[7];
+};
+
+/* Which of the flows a packet belongs to hear of its end. */
+enum mw_verdict_flows {
+	MW_SENDERS_FLOW = 1 << 0, /* by the policy of the pod that sends it */
+	MW_SENDERS_REPLY = 1 << 1, /* the other end began that one */
+	MW_RECEIVERS_FLOW = 1 << 2,
+	MW_RECEIVERS_REPLY = 1 << 3,
 };
 
 /* Value of `pod_links` (LRU, key: the ifindex of the host's end): the addresses of a pod's link, as the pod's

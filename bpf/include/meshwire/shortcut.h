@@ -19,10 +19,10 @@ static __always_inline __u16 type_of(__u8 first)
 	return first >> 4 == 6 ? ETH_P_IPV6 : ETH_P_IP;
 }
 
-/* The key of a packet in the middle of a flow: TCP that neither begins nor ends a connection, or UDP, with
- * nothing unusual about its headers. False for any other. */
-static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_hook hook, bool ethernet,
-				       struct mw_verdict_key *key)
+/* The key of a TCP or UDP packet with nothing unusual about its headers, and the TCP flags that say where in its
+ * connection it is: 0 in the middle. Negative for any other packet. */
+static __always_inline int read_plain(struct __sk_buff *skb, enum mw_hook hook, bool ethernet,
+				      struct mw_verdict_key *key)
 {
 	const __u8 *data = (const __u8 *)(long)skb->data;
 	const __u8 *end = (const __u8 *)(long)skb->data_end;
@@ -31,16 +31,17 @@ static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_hook hook,
 	const struct ipv6hdr *ip6 = (const struct ipv6hdr *)(data + l2);
 	const __u8 *transport;
 	__be16 type;
+	int flags = 0;
 
 	__builtin_memset(key, 0, sizeof(*key));
 	if (skb->vlan_present)
-		return false;
+		return MW_UNREADABLE;
 	if (data + l2 + sizeof(*ip) > end)
-		return false;
+		return MW_UNREADABLE;
 	type = ethernet ? ((const struct ethhdr *)data)->h_proto : bpf_htons(type_of(*(const __u8 *)ip));
 	if (type == bpf_htons(ETH_P_IP)) {
 		if (*(const __u8 *)ip != MW_IPV4_PLAIN || ip->frag_off & bpf_htons(MW_IPV4_MORE | MW_IPV4_OFFSET))
-			return false;
+			return MW_UNREADABLE;
 		key->family = MW_IPV4;
 		key->protocol = ip->protocol;
 		__builtin_memcpy(key->src, &ip->saddr, sizeof(ip->saddr));
@@ -48,27 +49,27 @@ static __always_inline bool read_plain(struct __sk_buff *skb, enum mw_hook hook,
 		transport = (const __u8 *)(ip + 1);
 	} else if (type == bpf_htons(ETH_P_IPV6)) {
 		if (data + l2 + sizeof(*ip6) > end || *(const __u8 *)ip6 >> 4 != 6)
-			return false;
+			return MW_UNREADABLE;
 		key->family = MW_IPV6;
 		key->protocol = ip6->nexthdr;
 		__builtin_memcpy(key->src, &ip6->saddr, sizeof(key->src));
 		__builtin_memcpy(key->dst, &ip6->daddr, sizeof(key->dst));
 		transport = (const __u8 *)(ip6 + 1);
 	} else {
-		return false;
+		return MW_UNREADABLE;
 	}
 
 	if (key->protocol == IPPROTO_TCP) {
-		if (transport + MW_TCP_FLAGS + 1 > end ||
-		    transport[MW_TCP_FLAGS] & (MW_TCP_SYN | MW_TCP_FIN | MW_TCP_RST))
-			return false;
+		if (transport + MW_TCP_FLAGS + 1 > end)
+			return MW_UNREADABLE;
+		flags = transport[MW_TCP_FLAGS] & (MW_TCP_SYN | MW_TCP_FIN | MW_TCP_RST);
 	} else if (key->protocol != IPPROTO_UDP || transport + 4 > end) {
-		return false;
+		return MW_UNREADABLE;
 	}
 	__builtin_memcpy(&key->sport, transport, sizeof(key->sport) + sizeof(key->dport));
 	key->ifindex = skb->ifindex;
 	key->hook = hook;
-	return true;
+	return flags;
 }
 
 /* For a device with this MTU. Segments of one that is still to be cut up have been told their size. */
@@ -94,16 +95,57 @@ static __always_inline int hand_over(struct __sk_buff *skb, __u32 target, const 
 	return bpf_redirect_peer(target, 0);
 }
 
-/* The TC action on the packet by what was found for those like it lately; it is counted, too.
- * MW_NOT_REMEMBERED: nothing that still stands. */
+/* Tells the flow of the pod that sends (`direction` MW_EGRESS) or gets it of a connection's last packets. False
+ * where it is no longer there. */
+static __always_inline bool end_flow(const struct mw_verdict_key *packet, __u8 tcp_flags,
+				     enum mw_direction direction, bool reply)
+{
+	const bool ingress = reply ? direction == MW_EGRESS : direction == MW_INGRESS;
+	struct mw_flow_key key = {
+		.sport = reply ? packet->dport : packet->sport,
+		.dport = reply ? packet->sport : packet->dport,
+		.family = packet->family,
+		.protocol = packet->protocol,
+		.direction = ingress ? MW_INGRESS : MW_EGRESS,
+	};
+	struct mw_flow *flow;
+
+	__builtin_memcpy(key.src, reply ? packet->dst : packet->src, sizeof(key.src));
+	__builtin_memcpy(key.dst, reply ? packet->src : packet->dst, sizeof(key.dst));
+	flow = bpf_map_lookup_elem(&flows, &key);
+	if (!flow)
+		return false;
+	touch_flow(flow, &key, tcp_flags, reply, flow->flags & MW_FLOW_WAY, bpf_ktime_get_ns());
+	return true;
+}
+
+/* The same for all flows that a verdict is about. In a frame of its own: see mw_question. */
+__noinline int end_flows(const struct mw_verdict_key *packet, __u8 tcp_flags, __u8 flows)
+{
+	if (!packet)
+		return MW_NOT_REMEMBERED;
+	if (flows & MW_SENDERS_FLOW && !end_flow(packet, tcp_flags, MW_EGRESS, flows & MW_SENDERS_REPLY))
+		return MW_NOT_REMEMBERED;
+	if (flows & MW_RECEIVERS_FLOW && !end_flow(packet, tcp_flags, MW_INGRESS, flows & MW_RECEIVERS_REPLY))
+		return MW_NOT_REMEMBERED;
+	return 0;
+}
+
+/* The TC action on the packet by what was found for those like it lately; it is counted, too. A connection's
+ * first packets are never among them, and of its last ones its flows hear. MW_NOT_REMEMBERED: nothing that still
+ * stands. */
 __noinline int recall(struct __sk_buff *skb, enum mw_hook hook, bool ethernet)
 {
 	const struct mw_policy_state *state = state_of();
 	const struct mw_verdict *found;
 	struct mw_verdict_key key;
 	struct mw_verdict verdict;
+	int tcp_flags;
 
-	if (!state || !read_plain(skb, hook, ethernet, &key))
+	if (!state)
+		return MW_NOT_REMEMBERED;
+	tcp_flags = read_plain(skb, hook, ethernet, &key);
+	if (tcp_flags < 0 || tcp_flags & MW_TCP_SYN)
 		return MW_NOT_REMEMBERED;
 	found = bpf_map_lookup_elem(&verdicts, &key);
 	if (!found)
@@ -113,6 +155,8 @@ __noinline int recall(struct __sk_buff *skb, enum mw_hook hook, bool ethernet)
 	    verdict.until <= bpf_ktime_get_coarse_ns() || verdict.sport != key.sport || verdict.dport != key.dport)
 		return MW_NOT_REMEMBERED;
 	if (verdict.target && is_too_big(skb, verdict.target_mtu))
+		return MW_NOT_REMEMBERED;
+	if (tcp_flags && end_flows(&key, tcp_flags, verdict.flows))
 		return MW_NOT_REMEMBERED;
 	count_policy(skb, verdict.reason, hook == MW_TO_POD ? MW_INGRESS : MW_EGRESS);
 	if (!verdict.target)
@@ -132,18 +176,21 @@ static __always_inline void begin_verdict(struct mw_question *question)
 	question->upsets = state->upsets;
 }
 
-/* Keeps what was found for the packet where that says the same of those that follow. Of UDP between pods of
- * this node it doesn't while its way is open, nor where it goes directly and this came out of the stack. */
+/* Keeps what was found for the packet where that says the same of those that follow: after a connection's last
+ * packets another may begin. Of UDP between pods of this node it doesn't while its way is open, nor where it goes
+ * directly and this came out of the stack. */
 __noinline int remember(struct __sk_buff *skb, const struct mw_question *question, enum mw_reason reason,
 			    enum mw_hook hook, bool ethernet)
 {
 	struct mw_verdict_key key;
 	struct mw_verdict verdict;
+	int tcp_flags;
 
 	if (!question || is_drop(reason) || reason == MW_NOT_OURS || reason == MW_POLICY_WOULD_DENY ||
 	    question->sender_reason == MW_POLICY_WOULD_DENY)
 		return 0;
-	if (!read_plain(skb, hook, ethernet, &key))
+	tcp_flags = read_plain(skb, hook, ethernet, &key);
+	if (tcp_flags < 0 || tcp_flags & (MW_TCP_FIN | MW_TCP_RST))
 		return 0;
 	if (key.protocol == IPPROTO_UDP && question->way != MW_FLOW_STACK && !question->target &&
 	    is_own_pod(hook == MW_TO_POD ? key.src : key.dst, key.family))
@@ -157,6 +204,7 @@ __noinline int remember(struct __sk_buff *skb, const struct mw_question *questio
 		.target_mtu = question->target_mtu,
 		.sport = key.sport,
 		.dport = key.dport,
+		.flows = question->flows,
 	};
 	if (verdict.target) {
 		__builtin_memcpy(verdict.macs, question->macs, sizeof(verdict.macs));

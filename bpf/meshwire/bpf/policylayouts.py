@@ -50,6 +50,13 @@ class StateFlag(IntFlag):
     SKIP_STACK = 1 << 0
 
 
+class VerdictFlow(IntFlag):
+    SENDERS_FLOW = 1 << 0
+    SENDERS_REPLY = 1 << 1
+    RECEIVERS_FLOW = 1 << 2
+    RECEIVERS_REPLY = 1 << 3
+
+
 class Ip(ctypes.Structure):
     """`struct mw_ip`, the key of `identities`, `endpoints` and `services`."""
 
@@ -189,6 +196,8 @@ class Verdict(ctypes.Structure):
         ("target_mtu", ctypes.c_uint16),
         ("sport", ctypes.c_uint16),
         ("dport", ctypes.c_uint16),
+        ("flows", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8 * 7),
     ]
 
 
