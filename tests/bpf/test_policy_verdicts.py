@@ -901,9 +901,8 @@ def test_how_long_connections_live(node: Node, end: str) -> None:
 def test_both_pods_of_a_node_know_how_their_connection_ends(node: Node) -> None:
     """Also where the connection's own packets are remembered, and cost one lookup."""
     there = [node.tcp("our other pod", "our pod", flags) for flags in (p.SYN, p.ACK, p.FIN | p.ACK)]
-    back = [
-        node.tcp("our pod", "our other pod", flags, 40000, 80) for flags in (p.SYN | p.ACK, p.FIN | p.ACK)
-    ]
+    answers = (p.SYN | p.ACK, p.FIN | p.ACK)
+    back = [node.tcp("our pod", "our other pod", flags, 40000, 80) for flags in answers]
 
     def flags() -> dict[Direction, FlowFlag]:
         found = {key.direction: entry.flags for key, entry in node.maps.flows.read().items()}
