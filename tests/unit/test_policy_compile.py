@@ -815,6 +815,65 @@ def test_a_set_that_is_too_large_is_not_published() -> None:
     assert not changes.touched and [problem.entries for problem in changes.problems] == [8]
 
 
+CLOSED = SubjectSets(PolicySet(frozenset({INGRESS, EGRESS}), frozenset(), {}), None)
+
+
+def cidr_rule(*blocks: str, deny: bool = True) -> Rule:
+    return rule(*(CidrPeer(ip_network(block)) for block in blocks), direction=EGRESS, deny=deny)
+
+
+def test_a_kept_set_whose_block_is_divided_is_closed() -> None:
+    """Its entries are about the wider block, in which the addresses of the narrower one no longer are."""
+    ours: dict[str, Any] = {"on": select(app="a"), "default_deny": frozenset()}
+    compiler, _ = started(policy("p", cidr_rule("10.0.0.0/8"), **ours), max_entries=3)
+    compiler.put_policy(policy("q", rule(Selector(), ports=(tcp(1, 9),)), **ours))
+    changes = compiler.changes()
+    assert changes.problems and not changes.rebuilt and not changes.touched
+    # Other blocks are nothing to it.
+    compiler.put_policy(policy("r", cidr_rule("192.0.2.0/24"), on=select(app="nobody")))
+    compiler.add_subject(257)
+    compiler.put_policy(policy("s", cidr_rule("192.0.2.0/24"), on=select(app="b")))
+    assert 256 not in compiler.changes().rebuilt
+    compiler.put_policy(policy("s", cidr_rule("10.1.0.0/16"), on=select(app="b")))
+    assert compiler.changes().rebuilt[256] == CLOSED
+    compiler.put_policy(policy("s", cidr_rule("10.2.0.0/16"), on=select(app="b")))
+    assert 256 not in compiler.changes().rebuilt
+    compiler.remove_policy("q")
+    assert compiler.changes().rebuilt[256].enforced.entries
+
+
+def test_a_kept_set_does_not_get_another_block_under_its_number() -> None:
+    allow = policy("p", cidr_rule("10.0.0.0/8", deny=False))
+    compiler, changes = started(allow, max_entries=3)
+    assert changes.rebuilt[256].enforced.entries
+    compiler.put_policy(policy("p", rule(Selector(), ports=(tcp(1, 9),))))
+    changes = compiler.changes()
+    assert changes.problems
+    assert changes.rebuilt[256] == CLOSED, "its own block is in no policy any more"
+
+
+def test_a_kept_set_that_denies_is_closed_where_somebody_new_may_be_meant() -> None:
+    deny = policy("p", rule(select(app="b"), deny=True), default_deny=frozenset())
+    compiler, _ = started(deny, max_entries=3)
+    compiler.put_policy(policy("q", rule(Selector(), ports=(tcp(1, 9),)), default_deny=frozenset()))
+    assert not compiler.changes().rebuilt
+    compiler.put_identity(300, {"app": "b"})
+    assert compiler.changes().rebuilt[256] == CLOSED
+    compiler.remove_policy("q")
+    assert 300 in {key.identity for key in compiler.changes().rebuilt[256].enforced.entries}
+
+
+def test_a_kept_set_does_not_let_others_in_by_a_number_that_they_got() -> None:
+    allow = policy("p", rule(select(app="b")))
+    compiler, _ = started(allow, max_entries=3)
+    compiler.put_policy(policy("q", rule(Selector(), ports=(tcp(1, 9),))))
+    assert not compiler.changes().rebuilt
+    compiler.remove_identity(257)
+    assert not compiler.changes().rebuilt
+    compiler.put_identity(257, {"app": "c"})
+    assert compiler.changes().rebuilt[256] == CLOSED
+
+
 @pytest.mark.parametrize("direction", [INGRESS, EGRESS])
 def test_a_subject_whose_first_set_is_too_large_is_closed(direction: Direction) -> None:
     _, changes = started(

@@ -106,8 +106,8 @@ class Deltas:
 @dataclass(frozen=True, slots=True)
 class TooLarge:
     """The rules of a subject need more entries than there may be. Not in `audit`: the subject keeps the last
-    sets that were not too large, and one without any is closed in both directions. In `audit`: it has no
-    audit set."""
+    sets that were not too large, while they still say what they did; without such sets it is closed in both
+    directions. In `audit`: it has no audit set."""
 
     subject: int
     entries: int
@@ -181,6 +181,9 @@ class Compiler:
         self._port_users: set[str] = set()
         self._service_users: defaultdict[ServicePeer, set[str]] = defaultdict(set)
         # Since the last changes().
+        self._meant: dict[
+            int, bool
+        ] = {}  # identities that are new or have new labels: were they there before?
         self._stale: set[int] = set()
         self._touched: defaultdict[int, set[int]] = defaultdict(set)
         self._removed: set[int] = set()
@@ -221,6 +224,7 @@ class Compiler:
             if matches(selector, labels) is not (number in use.members):
                 use.members ^= {number}
                 self._touch(use.users, number)
+        self._meant.setdefault(number, known is not None)
         if known is None:
             self._touch(self._pod_users, number)
         if number in self._wanted:
@@ -287,6 +291,7 @@ class Compiler:
 
     def changes(self) -> Changes:
         """Raises OverflowError where rules name more blocks of addresses than there are numbers."""
+        cidrs = self._blocks.cidrs
         for block, use in self._blocks.settle():
             self._touch(use.users, CIDR | block)
             if use.peer.pods:
@@ -296,22 +301,31 @@ class Compiler:
         touched: dict[int, Deltas] = {}
         for number in sorted(self._stale):
             subject = self._subjects[number]
+            before = subject.enforced
             self._build(subject, run)
-            if (sets := self._publish(subject)) is not None:
+            if (sets := self._publish(subject, before)) is not None:
                 rebuilt[number] = sets
         for number in sorted(self._touched.keys() - self._stale):
             subject = self._subjects[number]
             enforced = self._update(subject, subject.enforced, self._touched[number], run)
             audit = self._update(subject, subject.audit, self._touched[number], run)
             if (self._is_over(subject.enforced), self._is_over(subject.audit)) != subject.over:
-                if (sets := self._publish(subject)) is not None:
+                if (sets := self._publish(subject, subject.enforced)) is not None:
                     rebuilt[number] = sets
             elif not self._is_over(subject.enforced):
                 if self._is_over(subject.audit):
                     audit = {}
                 if enforced or audit:
                     touched[number] = Deltas(enforced, audit)
+        moved = _moved(cidrs, self._blocks.cidrs)
+        for number, subject in self._subjects.items():
+            if subject.kept is not None and (
+                subject.kept.numbers & moved or self._is_missed(subject, self._touched.get(number, set()))
+            ):
+                subject.kept = None
+                rebuilt[number] = SubjectSets(subject.enforced.closed(), None)
         removed = frozenset(self._removed - self._subjects.keys())
+        self._meant.clear()
         self._stale.clear()
         self._touched.clear()
         self._removed.clear()
@@ -586,13 +600,35 @@ class Compiler:
     def _is_over(self, layer: _Layer | None) -> bool:
         return layer is not None and layer.size > self._max_entries
 
-    def _publish(self, subject: _Subject) -> SubjectSets | None:
-        """The whole sets; None where the last ones have to stay."""
+    def _is_missed(self, subject: _Subject, touched: set[int]) -> bool:
+        """Whether the sets that a subject keeps let somebody through for whom they were not made: one whom a
+        rule denies, or who has the number of somebody else."""
+        assert subject.kept is not None
+        if subject.kept.numbers & self._meant.keys():
+            return True
+        return any(
+            value.deny
+            for half in subject.enforced.halves.values()
+            for number in touched
+            for value in half.groups.get(number, _NO_ENTRIES).values()
+        )
+
+    def _publish(self, subject: _Subject, before: _Layer) -> SubjectSets | None:
+        """The whole sets; None where the last ones have to stay, which were made of `before`, give or take
+        what was touched since."""
+        was_over = subject.over[0]
         subject.over = self._is_over(subject.enforced), self._is_over(subject.audit)
         over, audit_over = subject.over
         if over and subject.published:
+            if not was_over:
+                numbers = {number for half in before.halves.values() for number in half.groups}
+                numbers |= self._touched.get(subject.number, set())
+                subject.kept = _Kept(
+                    frozenset(number for number in numbers if self._meant.get(number, True))
+                )
             return None
         subject.published = True
+        subject.kept = None
         if over:
             return SubjectSets(subject.enforced.closed(), None)
         return SubjectSets(
@@ -707,6 +743,13 @@ class _Layer:
         return PolicySet(frozenset(Direction), frozenset(), {})
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Sets that stay in force while those that should be are too large. `numbers`: whom they are about."""
+
+    numbers: frozenset[int]
+
+
 @dataclass(slots=True, eq=False)
 class _Subject:
     """`over`: whether `enforced` and `audit` were too large when they were published last."""
@@ -717,6 +760,7 @@ class _Subject:
     audit: _Layer | None = None
     over: tuple[bool, bool] = (False, False)
     published: bool = False
+    kept: _Kept | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -783,3 +827,21 @@ def _shorter(key: PortKey, among: Mapping[PortKey, object], lengths: list[int]) 
             if (shorter := PortKey(protocol, port >> spare << spare, length)) in among:
                 return shorter
     return EVERYTHING if EVERYTHING in among else None
+
+
+def _moved(before: Mapping[Network, int], after: Mapping[Network, int]) -> frozenset[int]:
+    """Numbers of blocks, as entries have them, under which there are other addresses than before."""
+    found = set()
+    if before is not after:
+        for network in before.keys() | after.keys():
+            if before.get(network) != after.get(network):
+                found |= {_smallest(network, before), _smallest(network, after)}
+    return frozenset(kind | number for number in found - {0} for kind in (CIDR, CIDR_INSIDE))
+
+
+def _smallest(network: Network, among: Mapping[Network, int]) -> int:
+    """The number of the smallest block that holds all of `network`; 0: there is none."""
+    for length in range(network.prefixlen, -1, -1):
+        if number := among.get(network.supernet(new_prefix=length)):
+            return number
+    return 0
