@@ -72,6 +72,7 @@ class FakeKernel:
     interruptions: int = 0
     """How often a device that was up lost what it was to send."""
     sysctls: dict[str, str] = field(default_factory=dict)
+    unguarded: set[str] = field(default_factory=set)
     endpoints: dict[tuple[str, str], Any] = field(default_factory=dict)
     next_index: int = 10
     now: float = 1000.0
@@ -94,6 +95,7 @@ class FakeKernel:
             pinned=self.loaded,
             attachments=frozenset(Attachment(*hook, program) for hook, program in self.filters.items()),
             hooked=frozenset(self.hooked),
+            unguarded=frozenset(self.unguarded),
             sysctls=dict(self.sysctls),
             endpoints=dict(self.endpoints),
             now=self.now,
@@ -415,6 +417,34 @@ def test_a_pair_that_has_moved_never_moves_back() -> None:
     kernel.delete("meshwire_wg1")
     converge(kernel, ON[0])
     assert kernel.wireguard["meshwire_wg1"].peers[public(secret("b", 1))].handshake == 0
+    assert kernel.egress(pod(2)) == "meshwire_wg1"
+
+
+def test_nothing_is_led_past_policy_that_is_in_force() -> None:
+    """To a device at which nobody asks the sender's policy, once more, for what a service's address hid."""
+    kernel = make_kernel()
+    kernel.unguarded = {"meshwire_wg0", "meshwire_wg1"}
+
+    def take_steps(cluster: Cluster) -> None:
+        for _ in range(3):
+            for action in plans.plan(cluster.desired(kernel), kernel.observe()):
+                kernel.apply(action)
+
+    take_steps(ON[0])
+    kernel.shake_hands()
+    take_steps(ON[0])
+    assert kernel.egress(pod(2)) == "clear"
+    kernel.unguarded = {"meshwire_wg0"}
+    converge(kernel, ON[0])
+    assert kernel.egress(pod(2)) == "meshwire_wg1"
+    # A device that is made anew is nobody's yet.
+    converge(kernel, ON[1])
+    kernel.delete("meshwire_wg1")
+    kernel.unguarded = {"meshwire_wg0", "meshwire_wg1"}
+    take_steps(ON[1])
+    assert kernel.wireguard.keys() == {"meshwire_wg1"} and kernel.egress(pod(2)) == "lost"
+    kernel.unguarded = {"meshwire_wg0"}
+    converge(kernel, ON[1])
     assert kernel.egress(pod(2)) == "meshwire_wg1"
 
 

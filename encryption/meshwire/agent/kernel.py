@@ -118,6 +118,7 @@ class Kernel:
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
         self._stale = Part.ALL
         self._seen = Observed(links={})
+        self._guarded: frozenset[str] = frozenset()
 
     def close(self) -> None:
         """Lets go of everything; what is attached and pinned stays in force."""
@@ -146,6 +147,7 @@ class Kernel:
             if any(_index(links, name) != _index(seen.links, name) for name in DEVICES):
                 stale |= Part.WIREGUARD
             hooked = self._observe_hooked(links)
+            self._guarded = frozenset(self._observe_guarded(hooked))
             paths = [path for name in DEVICES for path, _ in device_sysctls(name)]
             seen = replace(
                 seen,
@@ -171,7 +173,15 @@ class Kernel:
             seen = replace(seen, datapath=datapath, pinned=self._settings.pin_directory.exists())
         self._seen, self._stale = seen, Part.NONE
         self._chosen = self._implementation(mode, seen.links)
-        return replace(seen, endpoints=dict(self._endpoints), implementation=self._chosen, now=time.time())
+        return replace(
+            seen,
+            unguarded=frozenset(DEVICES) - self._guarded
+            if self._settings.policy_pin_directory.exists()
+            else frozenset(),
+            endpoints=dict(self._endpoints),
+            implementation=self._chosen,
+            now=time.time(),
+        )
 
     def metrics(self) -> Metrics:
         """The datapath's counters; none where it isn't loaded."""
@@ -403,6 +413,15 @@ class Kernel:
                     continue
                 current = len(found) == 1 and found[0].first and self._is_loaded(found[0])
                 yield Attachment(hooked[index], direction, found[0].name if current else STALE)
+
+    def _observe_guarded(self, hooked: Mapping[int, str]) -> Iterable[str]:
+        """Tunnel devices at whose egress policy has a filter."""
+        for index, name in hooked.items():
+            if name in DEVICES and any(
+                each.direction == _DIRECTIONS[Direction.EGRESS]
+                for each in tc.find_filters(self._ipr, index, tc.POLICY_OUT)
+            ):
+                yield name
 
     def _is_loaded(self, found: tc.Filter) -> bool:
         """The filter does what the program we loaded would do."""

@@ -228,10 +228,11 @@ class Observed:
     """Everything of the kernel that a plan depends on.
 
     `attachments` are our filters; one whose program is not the loaded one has program `stale`. `hooked` are
-    the names of devices that have a clsact, whoever's. `datapath` is
-    None where programs and maps of this version are not loaded. `sysctls` has what is readable of the paths
-    asked for, relative to /proc/sys. `endpoints` is what this agent last set, by device and public key: a
-    peer that has roamed since is left alone. `now` is Unix time in seconds."""
+    the names of devices that have a clsact, whoever's. `unguarded`: tunnel devices, there or not, at which
+    policy that is in force doesn't judge what leaves. `datapath` is None where programs and maps of this
+    version are not loaded. `sysctls` has what is readable of the paths asked for, relative to /proc/sys.
+    `endpoints` is what this agent last set, by device and public key: a peer that has roamed since is
+    left alone. `now` is Unix time in seconds."""
 
     links: Mapping[str, Link]
     routes: tuple[Route, ...] = ()
@@ -240,6 +241,7 @@ class Observed:
     pinned: bool = False
     attachments: frozenset[Attachment] = frozenset()
     hooked: frozenset[str] = frozenset()
+    unguarded: frozenset[str] = frozenset()
     sysctls: Mapping[str, str] = field(default_factory=dict)
     endpoints: Mapping[tuple[str, str], Endpoint] = field(default_factory=dict)
     implementation: Implementation = Implementation.KERNEL

@@ -376,6 +376,9 @@ def _node_writes(
         link = observed.links.get(redirect.device)
         if current and link and current == link.index:
             continue
+        if redirect.device in observed.unguarded:
+            # Behind a service's address there may be what the sender's policy forbids: it has to come first.
+            continue
         state = observed.wireguard.get(redirect.device)
         peer = state.peers.get(redirect.public_key) if state else None
         # An entry that leads to none of our devices led to one that somebody deleted: that node has moved
