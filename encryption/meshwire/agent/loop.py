@@ -118,6 +118,7 @@ def observe_and_plan(
             implementation=observed.implementation,
             config_refused=problem is not None,
             in_place=observed.pinned,
+            told=world.status or Status(),
         )
     )
     return Look(
@@ -293,7 +294,8 @@ class Agent:
             try:
                 secret = await self._client.find(path) or {}
             except (aiohttp.ClientError, TimeoutError, ApiError) as error:
-                return (Problem("WaitingForKey", f"can't read the key Secret: {describe(error)}"),)
+                # Who holds another carries on with that one.
+                return (Problem("WaitingForKey", f"can't read the key Secret: {describe(error)}", not held),)
             for epoch in missing:
                 try:
                     held[epoch] = self._open(secret.get("data") or {}, own.name, epoch, wanted[epoch])
@@ -451,11 +453,7 @@ class Agent:
 def is_waiting(outcome: Outcome) -> bool:
     """A live peer has yet to prove its first handshake, of which nobody tells us."""
     wanted = outcome.desired
-    return (
-        wanted is not None
-        and wanted.phase is Phase.ENABLING
-        and bool(report.unmoved(wanted, outcome.observed))
-    )
+    return wanted is not None and bool(report.waits_for(wanted, outcome.observed))
 
 
 def problem_of(error: Exception, doing: str) -> Problem:

@@ -13,6 +13,7 @@ from meshwire.encryption.model import (
     DEVICE_ADDRESS,
     DEVICES,
     HANDSHAKE_LIFETIME,
+    HANDSHAKE_SETTLED,
     AddressEntry,
     AddressFlags,
     Attachment,
@@ -23,6 +24,7 @@ from meshwire.encryption.model import (
     Observed,
     Peer,
     PeerState,
+    Redirect,
     SecretKey,
     Settings,
     SettingsFlags,
@@ -371,8 +373,9 @@ def _node_writes(
     later: list[tuple[int, str]] = []
     ours = {observed.links[name].index for name in DEVICES if name in observed.links}
     in_place = {device.name: _in_place(device, observed) for device in desired.devices}
-    for number, redirect in sorted(desired.redirects.items()):
+    for number, wanted in sorted(desired.redirects.items()):
         current = old.get(number, 0)
+        redirect = _way(wanted, current, observed, in_place)
         link = observed.links.get(redirect.device)
         if current and link and current == link.index:
             continue
@@ -385,6 +388,19 @@ def _node_writes(
         (now if in_place[redirect.device] and peer else later).append((number, redirect.device))
     now += [(number, "") for number in sorted(old) if number not in desired.redirects]
     return tuple(now), tuple(later)
+
+
+def _way(redirect: Redirect, current: int, observed: Observed, in_place: Mapping[str, bool]) -> Redirect:
+    """Of two tunnels to a node, the one to send by. Who has moved doesn't go back."""
+    if redirect.before is None or not redirect.when_proven:
+        return redirect
+    link, state = observed.links.get(redirect.device), observed.wireguard.get(redirect.device)
+    if in_place[redirect.device] and link and state:
+        peer = state.peers.get(redirect.public_key)
+        settled = observed.now - HANDSHAKE_SETTLED
+        if current == link.index or (peer and 0 < peer.handshake <= settled):
+            return redirect
+    return redirect.before
 
 
 def _pod_entries(
