@@ -19,7 +19,7 @@ from itertools import permutations
 from typing import Any
 
 import pytest
-from test_encryption_convergence import UPLINK, FakeKernel, public
+from tests.unit.test_encryption_convergence import UPLINK, FakeKernel, public
 
 from meshwire.api.meshconfig import Encryption, KeyRotation, MeshConfig
 from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status
@@ -77,9 +77,10 @@ class Remembered:
 @dataclass(frozen=True)
 class Machine(Remembered):
     """A node and what the API has of it. `spec` None: no MeshNode yet. `current`: the status is about this
-    spec. `secret`: (epoch, disk) of the keys in its Secret, `held` of those the agent has opened. `kernel` and
-    `pending` (the rest of a plan) are interned. `moved_off`: peers to which it has just left an epoch, whose
-    packets may still be on their way. `caught_up`: since it was last away it has done what it was told."""
+    spec. `secret`: (epoch, disk) of the keys in its Secret, `held` of those the agent has opened. `kernel`
+    and `pending` (the rest of a plan) are interned. `moved_off`: peers to which it has just left an epoch,
+    and whose packets may still be on their way. `caught_up`: it has done what it was told since it was last
+    away."""
 
     live: bool = True
     disk: int = 0
@@ -217,7 +218,8 @@ class Explorer:
         return self.kernels.number(frozen(kernel), kernel)
 
     def kernel(self, number: int) -> Kernel:
-        return self.kernels.items[number]
+        found: Kernel = self.kernels.items[number]
+        return found
 
     # The operator.
 
@@ -815,6 +817,6 @@ def test_whatever_happens_while_keys_change(scenario: str) -> None:
         for begin in (state, state.having(back, live=True)) if back else (state,):
             end = explorer.at_rest(explorer.judged(begin))
             if end not in ends and end.enabled:
-                assert_all_is_right(explorer, end), end
+                assert_all_is_right(explorer, end)
             ends.add(end)
     print(f"{scenario}: {len(states)} states, {len(ends)} ends")

@@ -45,7 +45,7 @@ def report(
 ) -> Status:
     """The status to publish. `generation` is that of the spec which `desired` came from, `problems` what
     went wrong besides `desired.problems`; `previous` gives the condition's transition time. `drained`: what
-    was sent into a tunnel before it was left has had its time to get out; a node that changes its keys hasn't
+    was sent into a tunnel before it was left has had its time to get out; while keys change, a node hasn't
     moved before."""
     status = replace(
         previous,
