@@ -207,6 +207,7 @@ class Explorer:
         self.looks: dict[Any, tuple[int, frozenset[tuple[int, int]], Status]] = {}
         self.reconciled: dict[Any, tuple[operator.Action, ...]] = {}
         self.applied: dict[tuple[int, str], int] = {}
+        self.rests: dict[State, State] = {}
         self.accepted: dict[tuple[str, str, int, int, int], bool] = {}
         self.leaves: dict[tuple[int, str], str] = {}
         self.shook: dict[tuple[int, str, str], int] = {}
@@ -749,12 +750,17 @@ class Explorer:
 
     def at_rest(self, state: State) -> State:
         """After as many quiet steps as there are, any of them; they must end."""
-        for _ in range(2000):
+        path: list[State] = []
+        while state not in self.rests:
+            assert len(path) < 2000, "never at rest"
+            path.append(state)
             step = next(self.quiet_steps(state), None)
             if step is None:
-                return state
-            state = self.judged(step[1])
-        raise AssertionError("never at rest")
+                self.rests[state] = state
+            else:
+                state = self.judged(step[1])
+        self.rests |= dict.fromkeys(path, self.rests[state])
+        return self.rests[state]
 
     def settled(self, names: tuple[str, ...]) -> State:
         """These nodes in Enforcing, epoch 1."""
