@@ -172,6 +172,7 @@ def test_status_as_json(cluster: Cluster) -> None:
         **{name: MESHNODE["status"].get(name, 0) for name in
            ("observedGeneration", "implementation", "preparedEpoch", "activeEpoch", "strict", "peers",
             "handshakes", "leaked", "dropped", "agentVersion")},
+        "unreached": [],
         "conditions": [{**READY[0], "message": "", "lastTransitionTime": ""}],
     }  # fmt: skip
 

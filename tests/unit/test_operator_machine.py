@@ -30,6 +30,7 @@ from meshwire.operator.reconcile import (
     IssueKey,
     LiftTaint,
     PatchSpec,
+    WithdrawKeys,
     WriteConfigStatus,
     WriteStatus,
     reconcile,
@@ -66,6 +67,8 @@ class Agent:
     phase: Phase = Phase.OFF
     strict: bool = False
     active: int = 0
+    retiring: int = 0
+    unreached: frozenset[int] = frozenset()
     peers: int = 0
     sealing_key: str = ""
 
@@ -104,6 +107,7 @@ class OperatorMachine(RuleBasedStateMachine):
         self.reported: dict[int, set[str]] = defaultdict(set)
         self.highest_ordered = 0
         self.ended: set[int] = set()
+        self.requests = 0
         self.relist()
 
     # What happens to the cluster.
@@ -153,11 +157,22 @@ class OperatorMachine(RuleBasedStateMachine):
         if node and node.live != live:
             self.server.write("nodes", replace(node, live=live))
 
+    @rule(seconds=st.sampled_from((1, 30, 120)))
+    def time_passes(self, seconds: int) -> None:
+        self.clock += timedelta(seconds=seconds)
+
+    @rule()
+    def ask_for_new_keys(self) -> None:
+        self.requests += 1
+        old = self.server.now("configs").get(names.CONFIG_NAME)
+        self.configure(bool(old and old.config.encryption.enabled))
+
     @rule(enabled=st.booleans())
     def configure(self, enabled: bool) -> None:
         old = self.server.now("configs").get(names.CONFIG_NAME)
         generation = old.generation + 1 if old else 1
-        config = MeshConfig(generation=generation, encryption=Encryption(enabled=enabled))
+        rotate = str(self.requests) if self.requests else ""
+        config = MeshConfig(generation=generation, encryption=Encryption(enabled=enabled), rotate=rotate)
         self.server.write(
             "configs",
             Config(uid="config", resource_version="", generation=generation, config=config),
@@ -187,6 +202,7 @@ class OperatorMachine(RuleBasedStateMachine):
         if agent is None or node is None:
             return
         agent.generation, agent.phase, agent.epoch = node.generation, node.spec.phase, node.spec.epoch
+        agent.retiring = node.spec.retiring
         if not able:
             return
         agent.strict = agent.phase is Phase.ENFORCING
@@ -198,8 +214,21 @@ class OperatorMachine(RuleBasedStateMachine):
         has_key = node.spec.public_key(agent.epoch) is not None
         if agent.phase in (Phase.OFF, Phase.DRAINING):
             agent.active = 0
-        elif agent.phase in (Phase.ENABLING, Phase.ENFORCING) and has_key and reaches:
-            agent.active = agent.epoch
+        elif agent.phase in (Phase.ENABLING, Phase.ENFORCING):
+            if has_key and reaches:
+                agent.active = agent.epoch
+            elif agent.active != agent.epoch and not node.spec.public_key(agent.active):
+                agent.active = 0
+        # By the new keys goes what had a handshake; a peer that has only the old ones is left behind.
+        agent.unreached = frozenset(
+            peer.spec.id
+            for peer in self.server.now("mesh_nodes").values()
+            if agent.retiring
+            and peer.name != name
+            and node.spec.public_key(agent.retiring)
+            and peer.spec.public_key(agent.retiring)
+            and not (peer.spec.public_key(agent.epoch) and agent.active == agent.epoch)
+        )
 
     @rule(name=st.sampled_from(NODES))
     def agent_reports(self, name: str) -> None:
@@ -218,6 +247,7 @@ class OperatorMachine(RuleBasedStateMachine):
                     sealing_key=agent.sealing_key,
                     active_epoch=agent.active,
                     prepared_epoch=agent.active,
+                    unreached=tuple(sorted(agent.unreached)),
                     strict=agent.strict,
                     peers=agent.peers,
                     conditions=(
@@ -347,6 +377,14 @@ class OperatorMachine(RuleBasedStateMachine):
                 self.overlays["mesh_nodes"].deleted(action.node, action.uid)
             case IssueKey():
                 self.issue_key(action, secrets.get(action.node))
+            case WithdrawKeys():
+                found = secrets.get(action.secret.node)
+                if found is None or found.resource_version != action.secret.resource_version:
+                    raise Conflict
+                published = {key.epoch for key in mesh_nodes[found.node].spec.keys}
+                assert not published & set(action.epochs), "a key that is still published is withdrawn"
+                left = tuple(key for key in found.keys if key.epoch not in action.epochs)
+                self.wrote("secrets", replace(found, keys=left))
             case AdoptSecret():
                 found = secrets.get(action.secret.node)
                 if found is None or found.resource_version != action.secret.resource_version:
@@ -391,7 +429,10 @@ class OperatorMachine(RuleBasedStateMachine):
                 uid=found.uid if found else f"secret-{self.serial}",
                 owner=action.owner,
                 sealed_to=action.sealing_key,
-                keys=(Key(epoch=action.epoch, public_key=public_key(self.serial)),),
+                keys=(
+                    *(key for key in (found.keys if found else ()) if key.epoch == action.beside),
+                    Key(epoch=action.epoch, public_key=public_key(self.serial)),
+                ),
             ),
         )
 
@@ -410,12 +451,21 @@ class OperatorMachine(RuleBasedStateMachine):
             assert epoch >= old.spec.epoch, "an epoch went back"
             if old.spec.keys and not new.spec.keys:
                 kept = self.server.now("secrets").get(new.name)
-                assert phase is Phase.OFF or kept is None or kept.public_key(epoch) is None, (
+                is_stolen = kept is not None and kept.sealed_to != old.status.sealing_key
+                assert phase is Phase.OFF or is_stolen or kept is None or kept.public_key(epoch) is None, (
                     "a key withdrawn early"
                 )
         if phase is not Phase.OFF and epoch > self.highest_ordered:
-            assert phase is Phase.ENABLING, "an epoch begins with Enabling"
+            if phase is not Phase.ENABLING:
+                assert new.spec.retiring and old is not None, "an epoch begins with Enabling or a rotation"
+                assert phase is Phase.ENFORCING is old.spec.phase, "a rotation begins in Enforcing"
+                assert {node.spec.epoch for node in others if node.spec.phase is not Phase.OFF} <= {
+                    new.spec.retiring
+                }, "a rotation begins before the one before has ended"
             self.highest_ordered = epoch
+        assert not new.spec.retiring or (epoch - new.spec.retiring) % 2, "two epochs on one device"
+        if old is not None and old.spec.retiring and old.spec.epoch == epoch and not new.spec.retiring:
+            self.check_retirement(old, phase, others, live, inputs)
         if phase is not Phase.OFF:
             assert epoch not in self.ended, "an epoch was used twice"
         if old is None or (phase, epoch) == (old.spec.phase, old.spec.epoch) or (phase, epoch) in given:
@@ -423,7 +473,7 @@ class OperatorMachine(RuleBasedStateMachine):
         # The first order of this phase: what it waits for must really be so.
         agents = {name: self.agents[name] for name in live if name in self.agents}
         match phase:
-            case Phase.ENFORCING:
+            case Phase.ENFORCING if old.spec.phase is Phase.ENABLING:
                 assert live, "nobody was asked"
                 assert self.reported[epoch] >= set(agents), "Enforcing before every live node had moved"
             case Phase.DRAINING:
@@ -436,6 +486,23 @@ class OperatorMachine(RuleBasedStateMachine):
                     "Off while a node still sends encrypted"
                 )
                 self.ended.add(epoch)
+
+    def check_retirement(
+        self, old: MeshNode, phase: Phase, others: list[MeshNode], live: list[str], inputs: Inputs
+    ) -> None:
+        """The first node is told that the old keys end: nobody may still send by them."""
+        epoch, retiring = old.spec.epoch, old.spec.retiring
+        told = {node.spec.retiring for node in others if node.spec.epoch == epoch}
+        if phase is not Phase.ENFORCING or 0 in told:
+            return
+        assert live, "nobody was asked"
+        for name in live:
+            node = inputs.mesh_nodes[name]
+            if node.spec.public_key(retiring):
+                assert node.status.active_epoch == epoch, "the old keys end while a node sends by them"
+                assert not set(node.status.unreached) & {inputs.mesh_nodes[peer].spec.id for peer in live}, (
+                    "a live node is left behind"
+                )
 
     @invariant()
     def no_two_nodes_share_anything(self) -> None:
@@ -465,6 +532,7 @@ class OperatorMachine(RuleBasedStateMachine):
             inputs = self.inputs()
             plan = reconcile(inputs)
             before = self.server.version
+            self.clock += timedelta(seconds=30)
             for action in plan.actions:
                 self.try_to(action, inputs)
             for name in self.agents:
@@ -475,10 +543,12 @@ class OperatorMachine(RuleBasedStateMachine):
                     if old and (
                         (old.status.active_epoch, old.status.strict, old.status.observed_generation)
                         != (agent.active, agent.strict, agent.generation)
+                        or set(old.status.unreached) != agent.unreached
                         or (old.status.peers, old.status.sealing_key) != (agent.peers, agent.sealing_key)
                     ):
                         self.agent_reports(name)
-            if not plan.actions and self.server.version == before:
+            is_waiting = plan.look_again and plan.look_again < self.clock + timedelta(minutes=2)
+            if not plan.actions and self.server.version == before and not is_waiting:
                 break
         else:
             raise AssertionError(f"never at rest: {plan.actions}")
@@ -502,6 +572,10 @@ class OperatorMachine(RuleBasedStateMachine):
         status: MeshStatus = self.server.now("statuses")[names.STATUS_NAME]
         assert status.encryption == ("WireGuard" if enabled else "Off")
         assert status.epoch >= self.highest_ordered
+        assert not any(node.spec.retiring for node in mesh_nodes.values()) and status.rotation is None
+        assert not enabled or not self.requests or status.handled_request == str(self.requests)
+        for name, secret in secrets.items():
+            assert {key.epoch for key in secret.keys} <= {mesh_nodes[name].spec.epoch}, "old keys are left"
 
 
 TestOperatorMachine = OperatorMachine.TestCase

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from meshwire.api import names
 from meshwire.api.fields import Address, InvalidSpec, Network
 from meshwire.api.meshconfig import MeshConfig, Mode, missing_families
-from meshwire.api.meshnode import Implementation, Phase, Spec
+from meshwire.api.meshnode import Implementation, Phase, Spec, Status
 from meshwire.encryption.discovery import find_paths
 from meshwire.encryption.model import (
     AddressEntry,
@@ -76,6 +76,8 @@ class Inputs:
     """The newest MeshConfig can't be carried out here: a node that doesn't encrypt yet doesn't begin to."""
     in_place: bool = False
     """There is a datapath of ours on the node."""
+    told: Status = field(default_factory=Status)
+    """What the API server has of this node's status: what it says of a rotation is kept to."""
 
 
 def missing_devices(config: MeshConfig, links: Mapping[str, Link]) -> tuple[str, ...]:
@@ -132,14 +134,17 @@ def desired(inputs: Inputs) -> Desired | None:
         devices = tuple(
             _device(inputs, own, accepted, pods or {}, key, mtu)
             for key in sorted(inputs.held.values(), key=lambda key: key.epoch)
-            if own.spec.public_key(key.epoch) == key.public_key and key.epoch in accepted[own.name].keys
+            if own.spec.public_key(key.epoch) == key.public_key
+            and key.epoch in accepted[own.name].keys
+            and key.epoch in (epoch, own.spec.retiring)
         )
         if epoch and not any(device.epoch == epoch for device in devices):
-            problems.append(_missing_key(own, accepted, epoch))
+            problems.append(_missing_key(own, accepted, epoch, blocking=not devices))
 
     return Desired(
         phase=phase,
         epoch=epoch,
+        retiring=own.spec.retiring,
         settings=Settings(
             _FLAGS[phase] | (SettingsFlags.STRICT if strict else SettingsFlags.NONE),
             accepted[own.name].number,
@@ -148,7 +153,7 @@ def desired(inputs: Inputs) -> Desired | None:
         devices=devices,
         addresses={network: addresses[network] for network in sorted_networks(addresses)},
         pods=None if pods is None else _by_number(pods, accepted, addresses),
-        redirects=_redirects(devices, accepted, own, phase, epoch),
+        redirects=_redirects(devices, accepted, own, inputs.told),
         attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
         hooked=hooked,
         live_ids=frozenset(
@@ -301,13 +306,16 @@ def _overlapping(claims: Iterable[tuple[str, tuple[Network, ...]]]) -> frozenset
     return frozenset(found)
 
 
-def _missing_key(own: Member, accepted: Mapping[str, _Shares], epoch: int) -> Problem:
+def _missing_key(own: Member, accepted: Mapping[str, _Shares], epoch: int, *, blocking: bool) -> Problem:
+    """Blocking where nothing else carries the traffic."""
     published = own.spec.public_key(epoch)
     if published and epoch not in accepted[own.name].keys:
         return Problem("DuplicateKey", f"this node's key of epoch {epoch} belongs to an older node")
     if published:
-        return Problem("WaitingForKey", f"the key of epoch {epoch} is published but not opened here yet")
-    return Problem("WaitingForKey", f"the operator has not published this node's key of epoch {epoch} yet")
+        text = f"the key of epoch {epoch} is published but not opened here yet"
+    else:
+        text = f"the operator has not published this node's key of epoch {epoch} yet"
+    return Problem("WaitingForKey", text, blocking)
 
 
 def _device(
@@ -460,17 +468,24 @@ def _uncovered(
 
 
 def _redirects(
-    devices: tuple[Device, ...], accepted: Mapping[str, _Shares], own: Member, phase: Phase, epoch: int
+    devices: tuple[Device, ...], accepted: Mapping[str, _Shares], own: Member, told: Status
 ) -> dict[int, Redirect]:
-    device = next((device for device in devices if device.epoch == epoch), None)
-    if device is None or phase is Phase.DRAINING:
+    """By node number. In a rotation each peer is sent to by the new epoch once that is proven, by the one
+    before until then. What was told of a node is kept to, whatever happens to devices and sessions: once all
+    have told of all, the old epoch may end at any moment."""
+    phase, epoch = own.spec.phase, own.spec.epoch
+    if phase is Phase.DRAINING:
         return {}
-    return {
-        accepted[peer.node].number: Redirect(
-            device.name, peer.public_key, when_proven=phase is not Phase.ENFORCING
-        )
-        for peer in device.peers
-    }
+    found: dict[int, Redirect] = {}
+    for device in sorted(devices, key=lambda device: device.epoch):
+        for peer in device.peers:
+            number = accepted[peer.node].number
+            before = found.get(number)
+            proof = phase is not Phase.ENFORCING
+            if before and device.epoch == epoch:
+                proof = told.active_epoch != epoch or number in told.unreached
+            found[number] = Redirect(device.name, peer.public_key, proof, before)
+    return found
 
 
 def _attachments(

@@ -22,6 +22,10 @@ DEVICE_ADDRESS: Final = IPv4Address("192.0.0.8")
 any IPv4 address as soon as rp_filter is on, loose or not (`__fib_validate_source`). RFC 7600 reserves it for
 such a purpose, so nothing can be sent to it."""
 
+HANDSHAKE_SETTLED: Final = 1.0
+"""Seconds after a handshake until traffic leaves one tunnel for another by it: whatever else looks after the
+devices of a node, policy above all, has come to the new one by then."""
+
 HANDSHAKE_LIFETIME: Final = 180.0
 """Seconds after which WireGuard itself considers a session dead (REJECT_AFTER_TIME)."""
 
@@ -282,11 +286,12 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class Redirect:
     """Traffic to a node goes by this peer of this device; with `when_proven`, only once a handshake is
-    done."""
+    done, and until then by `before`, if there is such a way."""
 
     device: str
     public_key: str
     when_proven: bool
+    before: Redirect | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +303,8 @@ class Desired:
 
     phase: Phase
     epoch: int = 0
+    retiring: int = 0
+    """The epoch before, still in use; 0: none."""
     settings: Settings | None = None
     devices: tuple[Device, ...] = ()
     addresses: Mapping[Network, AddressEntry] = field(default_factory=dict)

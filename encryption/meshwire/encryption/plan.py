@@ -13,6 +13,7 @@ from meshwire.encryption.model import (
     DEVICE_ADDRESS,
     DEVICES,
     HANDSHAKE_LIFETIME,
+    HANDSHAKE_SETTLED,
     AddressEntry,
     AddressFlags,
     Attachment,
@@ -23,6 +24,7 @@ from meshwire.encryption.model import (
     Observed,
     Peer,
     PeerState,
+    Redirect,
     SecretKey,
     Settings,
     SettingsFlags,
@@ -280,7 +282,8 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     #     told its peers. On current kernels wireguard-go takes its device for up from the start and shakes
     #     hands with peers that it knows; they would move to a device that throws away what they send.
     #  7. Nodes whose device was not in place before get it: up and configured, it queues until the handshake
-    #     is done.
+    #     is done. While keys change, the new epoch's device goes through 6 and 7 before the old one loses
+    #     peers that have moved: WireGuard answers whatever has no peer with an ICMP error.
     #  8. Settings become stricter: every way that exists is in use by now.
     #  9. What is too much goes: addresses, programs on devices that carry no pod traffic, devices.
     # Single pod addresses come to peers of devices that are in place before anything is sent by them, and
@@ -320,11 +323,11 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
 
     wanted = desired.attachments - observed.attachments
     yield from (Attach(attachment) for attachment in sorted(wanted) if attachment.device not in DEVICES)
-    for device in desired.devices:
+    for device in sorted(desired.devices, key=lambda device: device.epoch != desired.epoch):
         attach = sorted(attachment for attachment in wanted if attachment.device == device.name)
         yield from _device_actions(device, observed, attach, with_pods=device.name not in told)
-    if later:
-        yield WriteNodes(later)
+        if entries := tuple(entry for entry in later if entry[1] == device.name):
+            yield WriteNodes(entries)
     if milder != desired.settings:
         yield WriteSettings(desired.settings)
 
@@ -371,8 +374,9 @@ def _node_writes(
     later: list[tuple[int, str]] = []
     ours = {observed.links[name].index for name in DEVICES if name in observed.links}
     in_place = {device.name: _in_place(device, observed) for device in desired.devices}
-    for number, redirect in sorted(desired.redirects.items()):
+    for number, wanted in sorted(desired.redirects.items()):
         current = old.get(number, 0)
+        redirect = _way(wanted, current, observed, in_place)
         link = observed.links.get(redirect.device)
         if current and link and current == link.index:
             continue
@@ -388,6 +392,19 @@ def _node_writes(
         (now if in_place[redirect.device] and peer else later).append((number, redirect.device))
     now += [(number, "") for number in sorted(old) if number not in desired.redirects]
     return tuple(now), tuple(later)
+
+
+def _way(redirect: Redirect, current: int, observed: Observed, in_place: Mapping[str, bool]) -> Redirect:
+    """Of two tunnels to a node, the one to send by. Who has moved doesn't go back."""
+    if redirect.before is None or not redirect.when_proven:
+        return redirect
+    link, state = observed.links.get(redirect.device), observed.wireguard.get(redirect.device)
+    if in_place[redirect.device] and link and state:
+        peer = state.peers.get(redirect.public_key)
+        settled = observed.now - HANDSHAKE_SETTLED
+        if current == link.index or (peer and 0 < peer.handshake <= settled):
+            return redirect
+    return redirect.before
 
 
 def _pod_entries(

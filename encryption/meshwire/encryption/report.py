@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Final
 
 from meshwire.api import conditions, names
 from meshwire.api.meshnode import Phase, Status
@@ -17,6 +18,9 @@ from meshwire.encryption.model import (
     SettingsFlags,
 )
 from meshwire.encryption.plan import has_all
+
+MAX_BEHIND: Final = 32
+"""Nodes that a node which hasn't moved yet names as those it waits for; with more it names none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,8 @@ def report(
 ) -> Status:
     """The status to publish. `generation` is that of the spec which `desired` came from, `problems` what
     went wrong besides `desired.problems`; `previous` gives the condition's transition time. `drained`: what
-    was sent into a tunnel before it was left has had its time to get out."""
+    was sent into a tunnel before it was left has had its time to get out; while keys change, a node hasn't
+    moved before."""
     status = replace(
         previous,
         observed_generation=generation,
@@ -58,19 +63,20 @@ def report(
         )
         return _with_condition(status, False, everything, "", "", observed)
 
-    device = next((device for device in desired.devices if device.epoch == desired.epoch), None)
-    state = observed.wireguard.get(names.device_name(desired.epoch)) if desired.epoch else None
-    prepared = device is not None and is_prepared(device, observed)
+    prepared = {device.epoch for device in desired.devices if is_prepared(device, observed)}
+    active = _active_epoch(desired, observed, prepared, drained)
+    behind = sorted(left_behind(desired, observed))
+    handshakes = _handshakes(desired, observed)
     status = replace(
         status,
-        prepared_epoch=desired.epoch if prepared else 0,
-        active_epoch=_active_epoch(desired, observed, prepared, drained),
+        prepared_epoch=max(prepared & {desired.epoch, desired.retiring}, default=0),
+        active_epoch=active,
+        # Who has moved but for a few dead nodes names them: nobody must be left behind. Every node hears of
+        # it, so who has just begun doesn't count them all.
+        unreached=tuple(behind) if active == desired.epoch or len(behind) <= MAX_BEHIND else (),
         strict=_is_strict(desired, observed),
-        peers=len(state.peers) if state else 0,
-        handshakes=sum(
-            observed.now - peer.handshake < HANDSHAKE_LIFETIME
-            for peer in (state.peers.values() if state else ())
-        ),
+        peers=len(handshakes),
+        handshakes=sum(observed.now - latest < HANDSHAKE_LIFETIME for latest in handshakes.values()),
     )
     done, reason, message = _progress(desired, observed, status)
     return _with_condition(status, done, everything, reason, message, observed)
@@ -100,18 +106,64 @@ def unmoved(desired: Desired, observed: Observed) -> frozenset[int]:
     )
 
 
+def left_behind(desired: Desired, observed: Observed) -> frozenset[int]:
+    """Of a rotation: numbers of peers, live or not, that are not sent to by the new epoch."""
+    if not desired.retiring:
+        return frozenset()
+    link = observed.links.get(names.device_name(desired.epoch))
+    nodes = observed.datapath.nodes if observed.datapath else {}
+    return frozenset(
+        number for number in desired.redirects if link is None or nodes.get(number) != link.index
+    )
+
+
+def has_just_moved(desired: Desired, observed: Observed, told: Status) -> frozenset[int]:
+    """Of a rotation: numbers of nodes that are sent to by the new epoch, and of which that was not told
+    yet."""
+    if not desired.retiring:
+        return frozenset()
+    moved = frozenset(desired.redirects) - left_behind(desired, observed)
+    return moved & frozenset(told.unreached) if told.active_epoch == desired.epoch else moved
+
+
+def waits_for(desired: Desired, observed: Observed) -> frozenset[int]:
+    """Numbers of live nodes whose first handshake would change what is sent to them."""
+    match desired.phase:
+        case Phase.ENABLING:
+            return unmoved(desired, observed)
+        case Phase.ENFORCING | Phase.DISABLING:
+            return left_behind(desired, observed) & desired.live_ids
+        case _:
+            return frozenset()
+
+
 def sends_encrypted(observed: Observed) -> bool:
     """To at least one node."""
     return bool(observed.datapath and observed.datapath.nodes)
 
 
-def _active_epoch(desired: Desired, observed: Observed, prepared: bool, drained: bool) -> int:
+def _handshakes(desired: Desired, observed: Observed) -> dict[str, float]:
+    """The latest one with each peer; of a rotation each node counts once."""
+    nodes = {peer.public_key: peer.node for device in desired.devices for peer in device.peers}
+    found: dict[str, float] = {}
+    for epoch in {desired.epoch, desired.retiring} - {0}:
+        state = observed.wireguard.get(names.device_name(epoch))
+        for key, peer in state.peers.items() if state else ():
+            node = nodes.get(key, key)
+            found[node] = max(found.get(node, 0.0), peer.handshake)
+    return found
+
+
+def _active_epoch(desired: Desired, observed: Observed, prepared: Collection[int], drained: bool) -> int:
     match desired.phase:
         case Phase.ENABLING:
-            return desired.epoch if prepared and not unmoved(desired, observed) else 0
+            return desired.epoch if desired.epoch in prepared and not unmoved(desired, observed) else 0
         case Phase.ENFORCING | Phase.DISABLING:
-            # Nothing leaves by another way: who is not reached through the epoch is not reached.
-            return desired.epoch if prepared else 0
+            empty = not desired.retiring or drained or desired.retiring not in prepared
+            if desired.epoch in prepared and empty and not left_behind(desired, observed) & desired.live_ids:
+                # Nothing leaves by another way: who is not reached through the epoch is not reached.
+                return desired.epoch
+            return desired.retiring if desired.retiring in prepared else 0
         case Phase.DRAINING:
             return 0 if drained and not sends_encrypted(observed) else desired.epoch
         case Phase.OFF:
@@ -151,6 +203,8 @@ def _progress(desired: Desired, observed: Observed, status: Status) -> tuple[boo
         )
     if desired.strict and not status.strict:
         return False, "Preparing", "the drop is not in force yet"
+    if desired.retiring and status.active_epoch != desired.epoch:
+        return True, "Ready", f"epoch {desired.epoch} takes over from {desired.retiring}, node by node"
     return True, "Ready", f"epoch {desired.epoch} carries all traffic to other nodes' pods"
 
 
@@ -177,6 +231,11 @@ def _with_condition(
 def is_urgent(old: Status, new: Status) -> bool:
     """Whether others wait for what changed. Counters may be late: every node hears of every write."""
     counters_as_before = replace(
-        new, peers=old.peers, handshakes=old.handshakes, leaked=old.leaked, dropped=old.dropped
+        new,
+        peers=old.peers,
+        handshakes=old.handshakes,
+        leaked=old.leaked,
+        dropped=old.dropped,
+        unreached=old.unreached,
     )
     return counters_as_before != old

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from socket import AF_INET, AF_INET6, inet_pton
@@ -19,6 +20,7 @@ E = TypeVar("E", bound=StrEnum)
 # The last character of 32 bytes carries four bits: only these sixteen are canonical, so that equal keys are
 # equal strings.
 _KEY: Final = re.compile(r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=")
+_DURATION: Final = re.compile(r"(?:(\d{1,5})h)?(?:(\d{1,5})m)?(?:(\d{1,5})s)?", re.ASCII)
 _DEVICE: Final = re.compile(r"[^/:\s]{1,15}")
 _LABEL_PART: Final = r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?"
 _LABEL_KEY: Final = re.compile(rf"{_LABEL_PART}(/{_LABEL_PART})?")
@@ -58,6 +60,16 @@ def integer(
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidSpec(f"{path}.{name}", f"must be a whole number from {low} to {high}")
     return value
+
+
+def duration(source: Mapping[str, Any], name: str, path: str, *, default: timedelta) -> timedelta:
+    """Hours, minutes and seconds as Go writes them, in this order: 24h, 1h30m, 90s."""
+    if (value := source.get(name)) is None:
+        return default
+    if not (match := _DURATION.fullmatch(_string(value, f"{path}.{name}"))) or not value:
+        raise InvalidSpec(f"{path}.{name}", f"{value!r} is no duration such as 24h, 1h30m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return timedelta(hours=hours, minutes=minutes, seconds=seconds)
 
 
 def text(source: Mapping[str, Any], name: str, path: str, *, default: str = "") -> str:

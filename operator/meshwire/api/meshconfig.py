@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from enum import StrEnum
+from hashlib import sha256
 from itertools import combinations
 from typing import Any, Final
 
@@ -17,6 +19,11 @@ RESERVED_PORTS: Final[Mapping[int, str]] = {4789: "VXLAN", 6081: "Geneve", 8472:
 
 OWN_DEVICES: Final = "meshwire_"
 """Devices whose names start like this are Meshwire's own."""
+
+MIN_INTERVAL: Final = timedelta(minutes=1)
+MIN_OVERLAP: Final = timedelta(seconds=5)
+MAX_REQUEST: Final = 128
+"""Characters of a request to rotate keys that MeshStatus repeats; a longer one is known by its hash."""
 
 EXCLUDED_LABELS: Final = frozenset(
     {
@@ -53,6 +60,15 @@ class SameNodePath(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRotation:
+    """`interval` is from keys that came into force to the next ones, 0: only on demand; `overlap` from the
+    moment when all live nodes send by the new keys to the end of the old ones."""
+
+    interval: timedelta = timedelta(hours=24)
+    overlap: timedelta = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Encryption:
     enabled: bool = False
     mode: Mode = Mode.STRICT
@@ -61,6 +77,7 @@ class Encryption:
     """The even epochs' UDP port; odd ones use the next (names.listen_port)."""
     keepalive: int = 25
     """Seconds between persistent keepalives; 0: none."""
+    key_rotation: KeyRotation = field(default_factory=KeyRotation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +114,8 @@ class MeshConfig:
     encryption: Encryption = field(default_factory=Encryption)
     network: NetworkSettings = field(default_factory=NetworkSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
+    rotate: str = ""
+    """The value of names.ROTATE_ANNOTATION, or what stands for it where it is long."""
     uid: str = ""
     resource_version: str = ""
     generation: int = 0
@@ -110,6 +129,7 @@ class MeshConfig:
             encryption=_encryption(fields.child(spec, "encryption", "spec")),
             network=_network(fields.child(spec, "network", "spec")),
             policy=_policy(fields.child(spec, "policy", "spec")),
+            rotate=_request(fields.child(metadata, "annotations", "metadata")),
             uid=fields.text(metadata, "uid", "metadata"),
             resource_version=fields.text(metadata, "resourceVersion", "metadata"),
             generation=fields.integer(metadata, "generation", "metadata", default=0),
@@ -129,7 +149,26 @@ def _encryption(source: Mapping[str, Any]) -> Encryption:
         userspace=fields.choice(source, "userspace", path, default=Userspace.AUTO),
         port=port,
         keepalive=fields.integer(source, "persistentKeepaliveSeconds", path, default=25, high=65535),
+        key_rotation=_key_rotation(fields.child(source, "keyRotation", path)),
     )
+
+
+def _key_rotation(source: Mapping[str, Any]) -> KeyRotation:
+    path, default = "spec.encryption.keyRotation", KeyRotation()
+    interval = fields.duration(source, "interval", path, default=default.interval)
+    overlap = fields.duration(source, "overlap", path, default=default.overlap)
+    if interval and interval < MIN_INTERVAL:
+        raise InvalidSpec(f"{path}.interval", "must be 0s (only on demand) or at least 1m")
+    if overlap < MIN_OVERLAP:
+        raise InvalidSpec(f"{path}.overlap", "must be at least 5s: what the old keys sent has to arrive")
+    if interval and overlap >= interval:
+        raise InvalidSpec(f"{path}.overlap", "must be shorter than the interval")
+    return KeyRotation(interval=interval, overlap=overlap)
+
+
+def _request(annotations: Mapping[str, Any]) -> str:
+    value = fields.text(annotations, names.ROTATE_ANNOTATION, "metadata.annotations")
+    return value if len(value) <= MAX_REQUEST else sha256(value.encode()).hexdigest()
 
 
 def _network(source: Mapping[str, Any]) -> NetworkSettings:

@@ -38,7 +38,8 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """`id` 0 and `epoch` 0 stand for none yet."""
+    """`id` 0 and `epoch` 0 stand for none yet. `retiring` is the epoch before, while it is in use beside
+    `epoch`; 0: none."""
 
     id: int = 0
     addresses: tuple[Address, ...] = ()
@@ -47,6 +48,7 @@ class Spec:
     keys: tuple[Key, ...] = ()
     phase: Phase = Phase.OFF
     epoch: int = 0
+    retiring: int = 0
 
     def public_key(self, epoch: int) -> str | None:
         """The key published for `epoch`, if any."""
@@ -60,17 +62,25 @@ class Spec:
             "podCIDRs": [str(cidr) for cidr in self.pod_cidrs],
             "clusterCIDRs": [str(cidr) for cidr in self.cluster_cidrs],
             "keys": [{"epoch": key.epoch, "publicKey": key.public_key} for key in self.keys],
-            "encryption": {"phase": str(self.phase), "epoch": self.epoch},
+            # null takes the field away where the spec is merge-patched.
+            "encryption": {
+                "phase": str(self.phase),
+                "epoch": self.epoch,
+                "retiring": self.retiring or None,
+            },
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
+    """`unreached`: numbers of the nodes that it sends to by the retiring epoch, if at all."""
+
     observed_generation: int = 0
     sealing_key: str | None = None
     implementation: Implementation = Implementation.NONE
     prepared_epoch: int = 0
     active_epoch: int = 0
+    unreached: tuple[int, ...] = ()
     strict: bool = False
     peers: int = 0
     handshakes: int = 0
@@ -87,6 +97,7 @@ class Status:
             "implementation": str(self.implementation),
             "preparedEpoch": self.prepared_epoch,
             "activeEpoch": self.active_epoch,
+            "unreached": list(self.unreached),
             "strict": self.strict,
             "peers": self.peers,
             "handshakes": self.handshakes,
@@ -165,7 +176,14 @@ def _spec(source: Mapping[str, Any]) -> Spec:
         keys=fields.listed(source, "keys", "spec", key),
         phase=fields.choice(encryption, "phase", "spec.encryption", default=Phase.OFF),
         epoch=fields.integer(encryption, "epoch", "spec.encryption", default=0),
+        retiring=0
+        if encryption.get("retiring") is None
+        else fields.integer(encryption, "retiring", "spec.encryption", default=0),
     )
+
+
+def _number(item: Any, path: str) -> int:
+    return fields.integer({"item": item}, "item", path, default=0, low=1, high=names.MAX_NODE_ID)
 
 
 def _status(source: Mapping[str, Any]) -> Status:
@@ -176,6 +194,7 @@ def _status(source: Mapping[str, Any]) -> Status:
         implementation=fields.choice(source, "implementation", "status", default=Implementation.NONE),
         prepared_epoch=fields.integer(source, "preparedEpoch", "status", default=0),
         active_epoch=fields.integer(source, "activeEpoch", "status", default=0),
+        unreached=fields.listed(source, "unreached", "status", _number),
         strict=fields.boolean(source, "strict", "status", default=False),
         peers=fields.integer(source, "peers", "status", default=0),
         handshakes=fields.integer(source, "handshakes", "status", default=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from meshwire.api import conditions, fields, names
@@ -12,13 +13,45 @@ from meshwire.api.meshnode import Phase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """A change of keys that was decided upon. `from_epoch` is the epoch that ends, so that nobody begins the
+    same change twice. `moved_at`: since when all live nodes send by the new keys; empty: they don't.
+    `request` is what asked for it; empty: its time had come. All times are RFC 3339."""
+
+    from_epoch: int
+    started_at: str
+    moved_at: str = ""
+    request: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastRotation:
+    """The latest change of keys that came to its end, at which only `epoch` was left."""
+
+    epoch: int
+    started_at: str
+    finished_at: str
+
+    @property
+    def seconds(self) -> int:
+        """From the decision to the end of the old keys."""
+        return max(0, int((_time(self.finished_at) - _time(self.started_at)).total_seconds()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeshStatus:
-    """`epoch` is the highest ever used (0: none yet); `epoch_started_at` is RFC 3339, empty without keys."""
+    """`epoch` is the highest ever used (0: none yet); `epoch_started_at` is RFC 3339, empty without keys:
+    since when the keys are in force that carry the traffic of all. `handled_request` is the latest value of
+    names.ROTATE_ANNOTATION that was taken up, `rotations` how many came to their end."""
 
     encryption: str = "Off"
     phase: Phase = Phase.OFF
     epoch: int = 0
     epoch_started_at: str = ""
+    rotation: Rotation | None = None
+    last_rotation: LastRotation | None = None
+    rotations: int = 0
+    handled_request: str = ""
     nodes: int = 0
     nodes_ready: int = 0
     leaked: int = 0
@@ -39,6 +72,10 @@ class MeshStatus:
             phase=fields.choice(status, "phase", "status", default=Phase.OFF),
             epoch=fields.integer(status, "epoch", "status", default=0),
             epoch_started_at=fields.text(status, "epochStartedAt", "status"),
+            rotation=_rotation(fields.child(status, "rotation", "status")),
+            last_rotation=_last_rotation(fields.child(status, "lastRotation", "status")),
+            rotations=fields.integer(status, "rotations", "status", default=0),
+            handled_request=fields.text(status, "handledRotate", "status"),
             nodes=fields.integer(status, "nodes", "status", default=0),
             nodes_ready=fields.integer(status, "nodesReady", "status", default=0),
             leaked=fields.integer(status, "leaked", "status", default=0),
@@ -55,9 +92,63 @@ class MeshStatus:
             "epoch": self.epoch,
             # null takes the field away where the status is merge-patched.
             "epochStartedAt": self.epoch_started_at or None,
+            "rotation": {
+                "fromEpoch": self.rotation.from_epoch,
+                "startedAt": self.rotation.started_at,
+                "movedAt": self.rotation.moved_at or None,
+                "request": self.rotation.request or None,
+            }
+            if self.rotation
+            else None,
+            "lastRotation": {
+                "epoch": self.last_rotation.epoch,
+                "startedAt": self.last_rotation.started_at,
+                "finishedAt": self.last_rotation.finished_at,
+                "seconds": self.last_rotation.seconds,
+            }
+            if self.last_rotation
+            else None,
+            "rotations": self.rotations,
+            "handledRotate": self.handled_request,
             "nodes": self.nodes,
             "nodesReady": self.nodes_ready,
             "nodesSummary": f"{self.nodes_ready}/{self.nodes}",
             "leaked": self.leaked,
             "conditions": conditions.to_list(self.conditions),
         }
+
+
+def _rotation(source: Mapping[str, Any]) -> Rotation | None:
+    path = "status.rotation"
+    if not source:
+        return None
+    return Rotation(
+        from_epoch=fields.integer(source, "fromEpoch", path, default=0),
+        started_at=_moment(source, "startedAt", path),
+        moved_at=_moment(source, "movedAt", path),
+        request=fields.text(source, "request", path),
+    )
+
+
+def _last_rotation(source: Mapping[str, Any]) -> LastRotation | None:
+    path = "status.lastRotation"
+    if not source:
+        return None
+    return LastRotation(
+        epoch=fields.integer(source, "epoch", path, default=0),
+        started_at=_moment(source, "startedAt", path),
+        finished_at=_moment(source, "finishedAt", path),
+    )
+
+
+def _moment(source: Mapping[str, Any], name: str, path: str) -> str:
+    value = fields.text(source, name, path)
+    try:
+        _time(value or "2000-01-01T00:00:00Z")
+    except ValueError:
+        raise fields.InvalidSpec(f"{path}.{name}", f"{value!r} is no time") from None
+    return value
+
+
+def _time(value: str) -> datetime:
+    return datetime.fromisoformat(value)

@@ -48,6 +48,9 @@ PUBLIC_KEY_ANNOTATION: Final = "meshwire.dev/public-key-epoch-"
 """On a key Secret, followed by the epoch: the public half (base64) of the private key under the data key
 `epoch-N`."""
 
+ROTATE_ANNOTATION: Final = "meshwire.dev/rotate"
+"""On the MeshConfig: every new value asks for new WireGuard keys."""
+
 UNUSED_SINCE_ANNOTATION: Final = "meshwire.dev/unused-since"
 """On a MeshIdentity that no pod has: since when (RFC 3339)."""
 

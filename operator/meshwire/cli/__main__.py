@@ -13,6 +13,7 @@ except ModuleNotFoundError:
 
 COMMANDS: Final = {
     "status": ("meshwire.cli.status", "status", "Is traffic between nodes encrypted, and if not, why."),
+    "rotate": ("meshwire.cli.rotate", "rotate", "New WireGuard keys for all nodes, now."),
     "policy": ("meshwire.cli.policy", "policy", "Look at policies before they are applied; ask them why."),
     "monitor": ("meshwire.cli.monitor", "monitor", "What policies drop, or would drop, as it happens."),
     "endpoints": ("meshwire.cli.endpoints", "endpoints", "Pods as policies know them."),

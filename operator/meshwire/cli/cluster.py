@@ -63,7 +63,8 @@ def options(command: Command) -> Command:
 
 
 class Reader:
-    """Reads JSON from one API server. Raises NotFound, Forbidden, and ClusterUnavailable for all else."""
+    """Reads JSON from one API server, and patches it. Raises NotFound, Forbidden, and ClusterUnavailable for
+    all else."""
 
     def __init__(self, choice: Choice) -> None:
         """Raises NoKubeconfig where there is none, ClusterUnavailable where it can't be used."""
@@ -98,6 +99,10 @@ class Reader:
     def post(self, path: str, body: Object) -> Object:
         """The JSON answer to POST; used for access reviews only, which store nothing."""
         return self._request("POST", path, body=body)
+
+    def patch(self, path: str, body: Object) -> Object:
+        """The JSON answer to PATCH with a merge patch."""
+        return self._request("PATCH", path, body=body, content_type="application/merge-patch+json")
 
     def _request(self, method: str, path: str, **arguments: Any) -> Object:
         import urllib3

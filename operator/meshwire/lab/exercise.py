@@ -163,6 +163,21 @@ class Exercise:
             strict = encryption.get("mode") != "Permissive"
             self.wait_for_phase("Enforcing" if enabled else "Off", strict=enabled and strict)
 
+    def rotate(self, *, wait: bool = True, seconds: float = 120) -> None:
+        """Asks for new keys, and waits until only those are left."""
+        before = self.mesh_status()
+        value = str(time.time_ns())
+        self.lab.kubectl(
+            "annotate", "meshconfig", names.CONFIG_NAME, f"{names.ROTATE_ANNOTATION}={value}", "--overwrite"
+        )
+        if wait:
+            self.wait_until(
+                lambda: _is_rotated(self.mesh_status(), value),
+                f"keys of epoch {before.get('epoch')} are changed: {self.mesh_status()}",
+                seconds=seconds,
+            )
+            self.wait_for_phase("Enforcing", strict=self.mesh_status()["encryption"] == "WireGuard")
+
     def mesh_status(self) -> Object:
         """Status of the MeshStatus."""
         status: Object = self.lab.get("meshstatus", names.STATUS_NAME).get("status", {})
@@ -406,6 +421,10 @@ def _is_settled(node: Object, phase: str, strict: bool) -> bool:
             return not status.get("strict") and not status.get("activeEpoch")
         case _:
             return True
+
+
+def _is_rotated(status: Object, value: str) -> bool:
+    return status.get("handledRotate") == value and not status.get("rotation")
 
 
 def _read_flows(node: str, process: subprocess.Popen[str]) -> list[Flow]:

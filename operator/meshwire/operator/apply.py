@@ -4,7 +4,7 @@ there."""
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from meshwire.operator.reconcile import (
     IssueKey,
     LiftTaint,
     PatchSpec,
+    WithdrawKeys,
     WriteConfigStatus,
     WriteStatus,
 )
@@ -54,6 +55,8 @@ class Hands:
                 await self._delete_mesh_node(action)
             case IssueKey():
                 await self._issue_key(action)
+            case WithdrawKeys():
+                await self._withdraw_keys(action)
             case AdoptSecret():
                 await self._adopt_secret(action)
             case DeleteSecret():
@@ -141,7 +144,7 @@ class Hands:
             written = await self.client.create(path, body)
         else:
             for key in action.secret.keys:
-                if key.epoch != action.epoch:
+                if key.epoch not in (action.epoch, action.beside):
                     data[names.secret_data_key(key.epoch)] = None
                     metadata["annotations"][f"{names.PUBLIC_KEY_ANNOTATION}{key.epoch}"] = None
             metadata["resourceVersion"] = action.secret.resource_version
@@ -160,6 +163,18 @@ class Hands:
                 warning=action.renewed,
             )
         )
+
+    async def _withdraw_keys(self, action: WithdrawKeys) -> None:
+        secret = action.secret
+        body = {
+            "metadata": {
+                "resourceVersion": secret.resource_version,
+                "annotations": {f"{names.PUBLIC_KEY_ANNOTATION}{epoch}": None for epoch in action.epochs},
+            },
+            "data": {names.secret_data_key(epoch): None for epoch in action.epochs},
+        }
+        path = f"{secrets_path(self.world.namespace)}/{names.secret_name(secret.node)}"
+        self.world.secrets.wrote(KeySecret.from_object(await self.client.patch(path, body)))
 
     async def _adopt_secret(self, action: AdoptSecret) -> None:
         node = action.secret.node
@@ -253,7 +268,7 @@ class Hands:
             {"metadata": {"resourceVersion": version}, "status": action.status.to_dict()},
         )
         self.world.statuses.wrote(MeshStatus.from_object(answer))
-        if action.status.phase is not action.previous:
+        if action.status.phase is not action.previous.phase:
             ready = conditions.find(action.status.conditions, conditions.READY)
             self.announce(
                 Event(
@@ -263,10 +278,13 @@ class Hands:
                     api_version=names.API_VERSION,
                     reason="PhaseChanged",
                     action="ChangePhase",
-                    note=f"{action.previous} -> {action.status.phase}, epoch {action.status.epoch}: "
+                    note=f"{action.previous.phase} -> {action.status.phase}, epoch {action.status.epoch}: "
                     + (ready.message if ready else ""),
                 )
             )
+
+        for event in rotation_news(action, uid):
+            self.announce(event)
 
         pressure = conditions.find(action.status.conditions, conditions.POLICY_MAP_PRESSURE)
         if action.under_pressure and pressure:
@@ -291,6 +309,47 @@ class Hands:
         except ApiError as error:
             if error.status != 404:
                 raise
+
+
+def rotation_news(action: WriteStatus, uid: str) -> Iterator[Event]:
+    """Events for the steps of a rotation that this status is the first to tell of. `uid` is that of the
+    MeshStatus."""
+    before, after = action.previous.rotation, action.status.rotation
+
+    def event(reason: str, note: str) -> Event:
+        return Event(
+            kind="MeshStatus",
+            name=names.STATUS_NAME,
+            uid=uid,
+            api_version=names.API_VERSION,
+            reason=reason,
+            action="RotateKeys",
+            note=note,
+        )
+
+    if after and (before is None or before.from_epoch != after.from_epoch):
+        why = f"asked for by {names.ROTATE_ANNOTATION}" if after.request else "by the interval"
+        yield event("RotationBegan", f"new keys follow those of epoch {after.from_epoch}, {why}")
+    if after and after.moved_at and not (before and before.moved_at):
+        yield event(
+            "RotationMoved",
+            f"all live nodes send by epoch {action.status.epoch};"
+            f" epoch {after.from_epoch} ends after the overlap",
+        )
+    last = action.status.last_rotation
+    if last and action.status.rotations > action.previous.rotations:
+        yield event(
+            "RotationFinished", f"only the keys of epoch {last.epoch} are left, after {last.seconds} s"
+        )
+        for node in action.left_out:
+            yield _node_event(
+                node,
+                "",
+                "NodeLeftOut",
+                "RotateKeys",
+                f"not live while keys changed: it joins epoch {last.epoch} when it is back",
+                warning=True,
+            )
 
 
 def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:

@@ -42,10 +42,19 @@ class Loop(Rounds):
     _events: asyncio.Queue[Event] = field(default_factory=lambda: asyncio.Queue(MAX_EVENTS))
     _announced: frozenset[Conflict] = frozenset()
     _last: Inputs | None = None
+    _look_again: datetime | None = None
     _hands: Hands = field(init=False)
 
     def __post_init__(self) -> None:
         self._hands = Hands(self.client, self.world, self.announce)
+
+    @property
+    def pause(self) -> float:
+        if self._look_again is None:
+            return self.idle_seconds
+        until = (self._look_again - datetime.now(UTC)).total_seconds()
+        # One that is over was looked at, and found to wait for something else too.
+        return min(until, self.idle_seconds) if until > 0 else self.idle_seconds
 
     def publish(self, watched: Callable[[], Watched]) -> None:
         """The watches have their first lists, or something new."""
@@ -79,10 +88,12 @@ class Loop(Rounds):
 
     async def _round(self) -> bool | None:
         inputs = await self.world.gather()
-        if self._last is not None and _same(inputs, self._last):
+        is_time = self._look_again is not None and inputs.now >= self._look_again
+        if self._last is not None and not is_time and _same(inputs, self._last):
             return False
         with self.metrics.rounds.time():
             plan = reconcile(inputs)
+        self._look_again = plan.look_again
         if plan.conflicts is not None:
             self.metrics.observe(plan.status, len(plan.conflicts))
             self._tell_of_conflicts(plan.conflicts)

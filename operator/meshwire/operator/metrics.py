@@ -44,9 +44,24 @@ class Metrics:
         self.epoch = Gauge("meshwire_epoch", "Highest epoch of keys ever used", registry=self.registry)
         self.epoch_started = Gauge(
             "meshwire_epoch_started_timestamp_seconds",
-            "When the first key in use was made; 0 without keys",
+            "Since when the keys are in force that carry all traffic; 0 without keys",
             registry=self.registry,
         )
+        self.rotating = Gauge(
+            "meshwire_rotation_in_progress", "1 while nodes change their keys", registry=self.registry
+        )
+        self.rotation_started = Gauge(
+            "meshwire_rotation_started_timestamp_seconds",
+            "When the change of keys that is under way was decided upon; 0: none is",
+            registry=self.registry,
+        )
+        self.rotations = Counter(
+            "meshwire_rotations_total", "Changes of keys that came to their end", registry=self.registry
+        )
+        self.rotation_seconds = Gauge(
+            "meshwire_rotation_seconds", "How long the latest of them took", registry=self.registry
+        )
+        self._rotations = 0
         self.leaked = Gauge(
             "meshwire_leaked_packets",
             "Packets between pods seen in clear while encryption was in force, as MeshStatus has it",
@@ -83,10 +98,19 @@ class Metrics:
         self.epoch.set(status.epoch)
         self.leaked.set(status.leaked)
         self.conflicts.set(conflicts)
-        started = datetime.fromisoformat(status.epoch_started_at) if status.epoch_started_at else None
-        self.epoch_started.set(started.timestamp() if started else 0)
+        self.epoch_started.set(_seconds(status.epoch_started_at))
+        self.rotating.set(status.rotation is not None)
+        self.rotation_started.set(_seconds(status.rotation.started_at) if status.rotation else 0)
+        self.rotation_seconds.set(status.last_rotation.seconds if status.last_rotation else 0)
+        # MeshStatus counts across restarts; one that was deleted begins anew.
+        self.rotations.inc(max(0, status.rotations - self._rotations))
+        self._rotations = status.rotations
         for phase in Phase:
             self.phase.labels(str(phase)).set(phase is status.phase)
+
+
+def _seconds(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp() if moment else 0.0
 
 
 async def serve(metrics: Metrics, address: tuple[str, int], *, ready: Callable[[], bool]) -> web.AppRunner:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from meshwire.api.meshnode import MeshNode, Phase
+from meshwire.api.meshnode import MeshNode, Phase, Spec
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a node is told to do."""
+    """What a node is told to do. `retiring`: the epoch before, still in use beside `epoch`; 0: none."""
 
     phase: Phase
     epoch: int
+    retiring: int = 0
+
+
+def order_of(spec: Spec) -> Order:
+    """The order that a MeshNode's spec holds."""
+    return Order(spec.phase, spec.epoch, spec.retiring)
 
 
 _RANK: Final = {phase: rank for rank, phase in enumerate(Phase)}
@@ -48,7 +54,9 @@ def given(orders: Iterable[Order], *, fallback: Order) -> Order:
     newest = max((order.epoch for order in orders), default=0)
     current = [order for order in orders if order.epoch == newest and order.phase is not Phase.OFF]
     if current:
-        return max(current, key=lambda order: _RANK[order.phase])
+        furthest = max(current, key=lambda order: _RANK[order.phase])
+        # No order of an epoch takes up the one before again: the first without it is the end of it.
+        return replace(furthest, retiring=min(order.retiring for order in current))
     if orders:
         return Order(Phase.OFF, newest)
     return fallback
@@ -58,35 +66,58 @@ def following(
     order: Order,
     *,
     wanted: bool,
+    rotate: bool = False,
+    retire: bool = False,
     highest_epoch: int,
     mesh_nodes: Collection[MeshNode],
     live: Collection[MeshNode],
 ) -> Order:
     """The order to give next; the same one while there is something to wait for. `mesh_nodes` are those of
-    all nodes, `live` those of live nodes. Nothing moves on by the word of no node at all: when every Node
+    all nodes, `live` those of live nodes. `rotate`: new keys are wanted; `retire`: the overlap is over.
+    Nothing moves on by the word of no node at all: when every Node
     looks dead, it is our view that is wrong."""
     if order.phase is Phase.OFF:
         return Order(Phase.ENABLING, highest_epoch + 1) if wanted else order
     if order.phase in (Phase.ENABLING, Phase.ENFORCING) and not wanted:
-        return Order(Phase.DISABLING, order.epoch)
+        return Order(Phase.DISABLING, order.epoch, order.retiring)
     if not live or not all(arrived(node, order) for node in mesh_nodes):
         return order
+    if order.phase is Phase.ENFORCING:
+        if order.retiring:
+            return replace(order, retiring=0) if retire and all_rotated(order, live) else order
+        if not rotate:
+            return order
+        return Order(Phase.ENFORCING, next_epoch(order.epoch, highest_epoch), retiring=order.epoch)
     if all(has_moved(node, order, live) for node in live):
         match order.phase:
             case Phase.ENABLING:
                 return Order(Phase.ENFORCING, order.epoch)
             case Phase.DISABLING:
-                return Order(Phase.DRAINING, order.epoch)
+                return Order(Phase.DRAINING, order.epoch, order.retiring)
             case Phase.DRAINING:
                 return Order(Phase.OFF, order.epoch)
     return order
+
+
+def next_epoch(epoch: int, highest: int) -> int:
+    """The lowest that was never used and lives on the other device than `epoch`."""
+    return highest + 1 if (highest + 1 - epoch) % 2 else highest + 2
+
+
+def all_rotated(order: Order, live: Collection[MeshNode]) -> bool:
+    """Of a rotation: no live node sends to another by the old keys, or will. A node that never had one need
+    not be asked."""
+    concerned = [node for node in live if node.spec.public_key(order.retiring)]
+    return any(has_moved(node, order, live) for node in live) and all(
+        has_moved(node, order, live) for node in concerned
+    )
 
 
 def arrived(node: MeshNode, order: Order) -> bool:
     """The order was given to this node."""
     if order.phase in _WITHOUT_JOINING and node.spec.phase is Phase.OFF:
         return True
-    return Order(node.spec.phase, node.spec.epoch) == order
+    return order_of(node.spec) == order
 
 
 def has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
@@ -102,11 +133,18 @@ def has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
             peers = sum(1 for peer in live if peer.name != node.name and peer.spec.public_key(order.epoch))
             return node.status.active_epoch == order.epoch and node.status.peers >= peers
         case Phase.ENFORCING:
-            return node.status.active_epoch == order.epoch
+            # What it doesn't reach by the new keys was not live for it, and may be for us.
+            return node.status.active_epoch == order.epoch and not (order.retiring and unreached(node, live))
         case Phase.DISABLING:
             return not node.status.strict
         case Phase.DRAINING | Phase.OFF:
             return node.status.active_epoch == 0
+
+
+def unreached(node: MeshNode, live: Collection[MeshNode]) -> frozenset[str]:
+    """Live nodes to which it reports that it doesn't send by the order's epoch yet."""
+    numbers = frozenset(node.status.unreached)
+    return frozenset(peer.name for peer in live if peer.spec.id in numbers)
 
 
 def order_for(current: Order | None, order: Order) -> Order:
@@ -120,7 +158,15 @@ def order_for(current: Order | None, order: Order) -> Order:
     if current.phase is Phase.OFF and order.phase in (*_WITHOUT_JOINING, Phase.OFF):
         return Order(Phase.OFF, max(current.epoch, order.epoch))
     if current.phase is Phase.OFF or (
-        current.epoch == order.epoch and order.phase in _ALLOWED[current.phase]
+        current.epoch == order.epoch and order.phase in (current.phase, *_ALLOWED[current.phase])
     ):
         return order
-    return Order(_TOWARDS_OFF[current.phase], current.epoch)
+    if (
+        current.phase is Phase.ENFORCING
+        and order.epoch > current.epoch
+        and order.phase in (Phase.ENFORCING, Phase.DISABLING)
+    ):
+        # A rotation has begun, or several have passed: there is no need to go through plaintext.
+        return order
+    step = _TOWARDS_OFF[current.phase]
+    return Order(step, current.epoch, 0 if step is Phase.OFF else current.retiring)

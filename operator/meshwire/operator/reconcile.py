@@ -16,7 +16,7 @@ from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Mode, missing_families
 from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.operator import claims, phases, summary
+from meshwire.operator import claims, phases, rotation, summary
 from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, KeySecret, Node
@@ -72,8 +72,8 @@ class DeleteMeshNode:
 
 @dataclass(frozen=True, slots=True)
 class IssueKey:
-    """A new key pair for the node and the epoch, into the Secret; `secret` is the one to replace.
-    `renewed` where a key of this epoch was there before."""
+    """A new key pair for the node and the epoch, into the Secret; `secret` is the one to replace, of which
+    the key of epoch `beside` stays. `renewed` where a key of this epoch was there before."""
 
     node: str
     epoch: int
@@ -82,6 +82,15 @@ class IssueKey:
     """uid of the MeshNode"""
     secret: KeySecret | None
     renewed: bool
+    beside: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawKeys:
+    """Keys of epochs that have ended go out of the Secret."""
+
+    secret: KeySecret
+    epochs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +120,14 @@ class WriteConfigStatus:
 @dataclass(frozen=True, slots=True)
 class WriteStatus:
     """`create`: the MeshStatus has to be made first. `under_pressure`: policy maps of some node fill up, as
-    they did not before."""
+    they did not before. `previous` is the status before; `left_out` are nodes that a rotation which ends
+    with this didn't wait for."""
 
     status: MeshStatus
     create: bool
-    previous: Phase
+    previous: MeshStatus
     under_pressure: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 Action = (
@@ -124,6 +135,7 @@ Action = (
     | PatchSpec
     | DeleteMeshNode
     | IssueKey
+    | WithdrawKeys
     | AdoptSecret
     | DeleteSecret
     | LiftTaint
@@ -134,11 +146,13 @@ Action = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """`conflicts` and `status` are for events and metrics; None: not looked for this time."""
+    """`conflicts` and `status` are for events and metrics; None: not looked for this time. `look_again`:
+    when there is something to do though nothing else has changed; None: no such time."""
 
     actions: tuple[Action, ...] = ()
     conflicts: tuple[Conflict, ...] | None = None
     status: MeshStatus = field(default_factory=MeshStatus)
+    look_again: datetime | None = None
 
 
 def reconcile(inputs: Inputs) -> Plan:
@@ -161,6 +175,8 @@ def reconcile(inputs: Inputs) -> Plan:
     previous = inputs.status or MeshStatus()
 
     highest = highest_epoch(inputs)
+    live = _live(inputs)
+    config = inputs.config.config if inputs.config else None
     order = _next_order(inputs, previous, highest)
     highest = max(highest, order.epoch)
     cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
@@ -170,6 +186,10 @@ def reconcile(inputs: Inputs) -> Plan:
         inputs.mesh_nodes,
         recent=inputs.recent_ids,
     )
+    for name in nodes:
+        if _is_stolen(mesh_nodes.get(name), inputs.secrets.get(name)):
+            # Nobody is to take the old keys for the node's any more when it gets new ones.
+            shares[name].keys.clear()
     specs = {
         name: _spec(mesh_nodes.get(name), numbers[name], shares[name], cidrs, order)
         for name in sorted(nodes)
@@ -190,6 +210,14 @@ def reconcile(inputs: Inputs) -> Plan:
             scope=scope,
             pressure=inputs.pressure,
             previous=previous,
+            rotated=rotation.follow(
+                previous,
+                order,
+                config=config,
+                may_begin=bool(live) and all(phases.arrived(node, order) for node in mesh_nodes.values()),
+                moved=phases.all_rotated(order, live),
+                now=inputs.now,
+            ),
             now=inputs.now,
         )
     )
@@ -212,12 +240,26 @@ def reconcile(inputs: Inputs) -> Plan:
         ),
         _config_actions(inputs, problem),
         (
-            [WriteStatus(status, inputs.status is None, previous.phase, _begins(previous, status))]
+            [
+                WriteStatus(
+                    status,
+                    inputs.status is None,
+                    previous,
+                    _begins(previous, status),
+                    _left_out(inputs, previous, status, order),
+                )
+            ]
             if inputs.status is None or status != inputs.status
             else []
         ),
     )
-    return Plan(actions=tuple(actions), conflicts=conflicts, status=status)
+    times = (rotation.overlap_ends(order, status, config), rotation.falls_due(order, status, config))
+    return Plan(
+        actions=tuple(actions),
+        conflicts=conflicts,
+        status=status,
+        look_again=min((time for time in times if time is not None), default=None),
+    )
 
 
 def highest_epoch(inputs: Inputs) -> int:
@@ -226,6 +268,7 @@ def highest_epoch(inputs: Inputs) -> int:
         chain(
             [inputs.status.epoch if inputs.status else 0],
             (node.spec.epoch for node in inputs.mesh_nodes.values()),
+            (node.spec.retiring for node in inputs.mesh_nodes.values()),
             (key.epoch for node in inputs.mesh_nodes.values() for key in node.spec.keys),
             (key.epoch for secret in inputs.secrets.values() for key in secret.keys),
         )
@@ -240,9 +283,7 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
         if previous.phase is Phase.ENFORCING
         else Order(Phase.OFF, highest)
     )
-    order = phases.given(
-        (Order(node.spec.phase, node.spec.epoch) for node in mesh_nodes.values()), fallback=fallback
-    )
+    order = phases.given((phases.order_of(node.spec) for node in mesh_nodes.values()), fallback=fallback)
     if inputs.config and inputs.config.config is None:
         # It can't be read: nobody can say what is wanted.
         return order
@@ -250,30 +291,67 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
     if order.phase is Phase.OFF and without_cidr(inputs.nodes.values()) and not inputs.published.complete:
         # Who knows a pod that its peer doesn't know yet sends what that one throws away.
         wanted = False
+    config = inputs.config.config if inputs.config else None
+    overlap_ends = rotation.overlap_ends(order, previous, config)
     return phases.following(
         order,
         wanted=wanted,
+        rotate=rotation.is_decided(order, previous),
+        retire=overlap_ends is not None and inputs.now >= overlap_ends,
         highest_epoch=highest,
         mesh_nodes=tuple(mesh_nodes.values()),
-        live=tuple(node for name, node in mesh_nodes.items() if inputs.nodes[name].live)
-        if all(name in mesh_nodes for name, node in inputs.nodes.items() if node.live)
-        else (),
+        live=_live(inputs),
+    )
+
+
+def _live(inputs: Inputs) -> tuple[MeshNode, ...]:
+    """Of live nodes; none while one of them has no MeshNode."""
+    if not all(name in inputs.mesh_nodes for name, node in inputs.nodes.items() if node.live):
+        return ()
+    return tuple(node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live)
+
+
+def _is_stolen(node: MeshNode | None, secret: KeySecret | None) -> bool:
+    """The node has another sealing key than the one its keys are sealed to: its disk was lost, and whoever
+    has it has them."""
+    return (
+        node is not None
+        and secret is not None
+        and node.status.sealing_key is not None
+        and secret.owner == node.uid
+        and secret.sealed_to != node.status.sealing_key
+    )
+
+
+def _left_out(inputs: Inputs, previous: MeshStatus, status: MeshStatus, order: Order) -> tuple[str, ...]:
+    """Nodes that weren't live when a rotation came to its end, and haven't moved."""
+    if status.rotations == previous.rotations:
+        return ()
+    return tuple(
+        sorted(
+            name
+            for name, node in inputs.mesh_nodes.items()
+            if not inputs.nodes[name].live and node.status.active_epoch != order.epoch
+        )
     )
 
 
 def _spec(
     current: MeshNode | None, number: int, share: Share, cidrs: tuple[Network, ...], order: Order
 ) -> Spec:
-    told = Order(current.spec.phase, current.spec.epoch) if current else None
+    told = phases.order_of(current.spec) if current else None
     own = phases.order_for(told, order)
     return Spec(
         id=number,
         addresses=tuple(share.addresses),
         pod_cidrs=tuple(share.pod_cidrs),
         cluster_cidrs=cidrs,
-        keys=() if own.phase is Phase.OFF else tuple(key for key in share.keys if key.epoch == own.epoch),
+        keys=()
+        if own.phase is Phase.OFF
+        else tuple(key for key in share.keys if key.epoch in (own.epoch, own.retiring)),
         phase=own.phase,
         epoch=own.epoch,
+        retiring=own.retiring,
     )
 
 
@@ -298,15 +376,22 @@ def _secret_actions(inputs: Inputs, order: Order) -> list[Action]:
     for name, node in sorted(mesh_nodes.items()):
         sealing_key = node.status.sealing_key
         # Its order comes first: an epoch that is in no spec could be forgotten, and used again.
-        if sealing_key is None or Order(node.spec.phase, node.spec.epoch) != order:
+        if sealing_key is None or phases.order_of(node.spec) != order:
             continue
         known = inputs.secrets.get(name)
         if known and known.owner != node.uid:
             continue
         has_key = known is not None and known.public_key(order.epoch) is not None
         if known is None or not has_key or known.sealed_to != sealing_key:
+            if _is_stolen(node, known) and node.spec.keys:
+                continue
             renewed = has_key or node.spec.public_key(order.epoch) is not None
-            actions.append(IssueKey(name, order.epoch, sealing_key, node.uid, known, renewed))
+            beside = order.retiring if known and known.sealed_to == sealing_key else 0
+            actions.append(IssueKey(name, order.epoch, sealing_key, node.uid, known, renewed, beside))
+            continue
+        used = {order.epoch, order.retiring, *(key.epoch for key in node.spec.keys)}
+        if ended := tuple(key.epoch for key in known.keys if key.epoch not in used):
+            actions.append(WithdrawKeys(known, ended))
     return actions
 
 

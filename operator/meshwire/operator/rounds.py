@@ -60,6 +60,11 @@ class Rounds(ABC):
         """What is known may be wrong: a round failed."""
 
     @property
+    def pause(self) -> float:
+        """Seconds until the next look if nothing happens."""
+        return self.idle_seconds
+
+    @property
     def debounce(self) -> float:
         return DEBOUNCE
 
@@ -70,7 +75,7 @@ class Rounds(ABC):
         """For ever."""
         failures = 0
         while True:
-            pause = BACKOFF[min(failures, len(BACKOFF)) - 1] if failures else self.idle_seconds
+            pause = BACKOFF[min(failures, len(BACKOFF)) - 1] if failures else self.pause
             try:
                 async with asyncio.timeout(pause):
                     # After a failure only time helps: the change we wait for may never come.

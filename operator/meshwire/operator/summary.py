@@ -14,7 +14,8 @@ from meshwire.api.meshpolicyreport import MAP_FULL, MapPressure
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.operator.claims import Conflict
 from meshwire.operator.objects import Node
-from meshwire.operator.phases import Order, has_moved
+from meshwire.operator.phases import Order, has_moved, unreached
+from meshwire.operator.rotation import Rotated
 
 MAX_NAMES: Final = 5
 """Nodes a message names before it only counts."""
@@ -65,7 +66,8 @@ class Pressure:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """What `summarize` looks at. `order` is the one in force, `has_keys` whether any key of its epoch
-    exists, `config_problem` why the MeshConfig is not acted upon. `pressure` None: not known yet."""
+    exists, `rotated` how far the change of keys is, `config_problem` why the MeshConfig is not acted upon.
+    `pressure` None: not known yet."""
 
     nodes: Mapping[str, Node]
     mesh_nodes: Mapping[str, MeshNode]
@@ -78,6 +80,7 @@ class View:
     scope: Scope
     pressure: Pressure | None
     previous: MeshStatus
+    rotated: Rotated
     now: datetime
 
 
@@ -87,7 +90,7 @@ def summarize(view: View) -> MeshStatus:
     live = [name for name, node in sorted(view.nodes.items()) if node.live]
     dead = [name for name, node in sorted(view.nodes.items()) if not node.live]
     answers = {name: view.mesh_nodes[name] for name in live if name in view.mesh_nodes}
-    moved = [name for name, node in answers.items() if has_moved(node, view.order, tuple(answers.values()))]
+    moved = [name for name, node in answers.items() if _has_moved(node, view.order, tuple(answers.values()))]
     waiting = {name: problem for name in live if (problem := _problem(view, answers.get(name)))}
     hopeless = {
         name: problem for name, problem in waiting.items() if _reason(answers.get(name)) in NEEDS_A_PERSON
@@ -113,6 +116,14 @@ def summarize(view: View) -> MeshStatus:
             str(phase),
             f"{len(moved)} of {len(live)} live nodes have {verb}{who}{left_out}",
         )
+    elif view.order.retiring and not waiting:
+        late = [name for name in live if name not in moved]
+        who = f", waiting for {listed(late, lambda name: _late(view, answers.get(name)))}" if late else ""
+        ready_state = (
+            True,
+            "Rotating",
+            f"{len(moved)} of {len(live)} live nodes send by epoch {view.order.epoch} alone{who}{left_out}",
+        )
     elif waiting:
         ready_state = (False, "NodesNotReady", f"waiting for {listed(waiting, waiting.get)}{left_out}")
     elif phase is Phase.OFF:
@@ -125,7 +136,7 @@ def summarize(view: View) -> MeshStatus:
         )
 
     stalled_by = [*refused, *([listed(hopeless, hopeless.get)] if hopeless else [])]
-    busy = changing or bool(waiting)
+    busy = changing or bool(waiting) or bool(view.order.retiring)
     result: tuple[conditions.Condition, ...] = view.previous.conditions
     for type, status, reason, message in (
         (conditions.READY, *ready_state),
@@ -166,6 +177,10 @@ def summarize(view: View) -> MeshStatus:
         phase=phase,
         epoch=view.highest_epoch,
         epoch_started_at=_started(view),
+        rotation=view.rotated.rotation,
+        last_rotation=view.rotated.last,
+        rotations=view.rotated.count,
+        handled_request=view.rotated.handled,
         nodes=nodes,
         nodes_ready=ready,
         leaked=min(
@@ -226,11 +241,38 @@ def _problem(view: View, node: MeshNode | None) -> str:
         return f"{ready.reason}: {_first_sentence(ready.message)}" if ready.message else ready.reason
     if not node.ready:
         return "has not taken its last orders yet"
-    if not has_moved(node, view.order, _live(view)):
+    if not (
+        node.status.active_epoch in (view.order.epoch, view.order.retiring)
+        if view.order.phase is Phase.ENFORCING and view.order.retiring
+        else has_moved(node, view.order, _live(view))
+    ):
         return "still on its way"
     if view.order.phase is Phase.ENFORCING and view.mode is Mode.STRICT and not node.status.strict:
         return "plaintext is not dropped there yet"
     return ""
+
+
+def _has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
+    """As has_moved; but in a rotation a node that waits for nothing but others that are late has done its
+    part."""
+    if has_moved(node, order, live):
+        return True
+    if not (order.phase is Phase.ENFORCING and order.retiring and node.status.unreached):
+        return False
+    late = {peer.name for peer in live if not _is_prepared(peer, order)}
+    return _is_prepared(node, order) and unreached(node, live) <= late
+
+
+def _is_prepared(node: MeshNode, order: Order) -> bool:
+    return node.current and node.status.prepared_epoch == order.epoch
+
+
+def _late(view: View, node: MeshNode | None) -> str:
+    if node is None or not node.current:
+        return "its agent doesn't answer"
+    if not _is_prepared(node, view.order):
+        return f"epoch {view.order.epoch} isn't set up there"
+    return f"not reached yet: {names}" if (names := listed(unreached(node, _live(view)))) else "on its way"
 
 
 def _reason(node: MeshNode | None) -> str:
@@ -252,6 +294,8 @@ def _encryption(view: View, moved: int, live: int) -> str:
             return "Off"
         case Phase.ENABLING:
             return f"Enabling {moved}/{live}"
+        case Phase.ENFORCING if view.order.retiring:
+            return f"Rotating {moved}/{live}"
         case Phase.ENFORCING:
             return "WireGuard" if view.mode is Mode.STRICT else "Permissive"
         case Phase.DISABLING | Phase.DRAINING:
@@ -261,6 +305,8 @@ def _encryption(view: View, moved: int, live: int) -> str:
 def _started(view: View) -> str:
     if view.order.phase is Phase.OFF:
         return ""
-    if view.previous.epoch == view.highest_epoch and view.previous.epoch_started_at:
+    if view.rotated.in_force_since:
+        return view.rotated.in_force_since
+    if view.previous.epoch_started_at and (view.previous.epoch == view.highest_epoch or view.order.retiring):
         return view.previous.epoch_started_at
     return conditions.timestamp(view.now) if view.has_keys else ""
