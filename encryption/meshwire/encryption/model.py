@@ -22,10 +22,6 @@ DEVICE_ADDRESS: Final = IPv4Address("192.0.0.8")
 any IPv4 address as soon as rp_filter is on, loose or not (`__fib_validate_source`). RFC 7600 reserves it for
 such a purpose, so nothing can be sent to it."""
 
-HANDSHAKE_SETTLED: Final = 1.0
-"""Seconds after a handshake until traffic leaves one tunnel for another by it: whatever else looks after the
-devices of a node, policy above all, has come to the new one by then."""
-
 HANDSHAKE_LIFETIME: Final = 180.0
 """Seconds after which WireGuard itself considers a session dead (REJECT_AFTER_TIME)."""
 

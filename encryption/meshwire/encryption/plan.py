@@ -13,7 +13,6 @@ from meshwire.encryption.model import (
     DEVICE_ADDRESS,
     DEVICES,
     HANDSHAKE_LIFETIME,
-    HANDSHAKE_SETTLED,
     AddressEntry,
     AddressFlags,
     Attachment,
@@ -401,8 +400,8 @@ def _way(redirect: Redirect, current: int, observed: Observed, in_place: Mapping
     link, state = observed.links.get(redirect.device), observed.wireguard.get(redirect.device)
     if in_place[redirect.device] and link and state:
         peer = state.peers.get(redirect.public_key)
-        settled = observed.now - HANDSHAKE_SETTLED
-        if current == link.index or (peer and 0 < peer.handshake <= settled):
+        proven = peer is not None and peer.handshake > 0
+        if current == link.index or (proven and redirect.device not in observed.unguarded):
             return redirect
     return redirect.before
 
