@@ -29,6 +29,7 @@ from meshwire.bpf.layouts import Direction, Reason
 from meshwire.bpf.maps import Counter
 from meshwire.encryption import keys
 from meshwire.encryption import plan as plans
+from meshwire.encryption.health import Reading
 from meshwire.encryption.model import ClusterNode, Link, Member, Observed, SecretKey
 from meshwire.operator.keys import issue
 
@@ -63,6 +64,12 @@ class StubKernel:
 
     def metrics(self) -> Metrics:
         return self.counters
+
+    def read_peers(self) -> dict[tuple[str, str], Reading]:
+        return {}
+
+    def ask(self, device: str, packet: bytes) -> None:
+        raise AssertionError("there is no peer to ask")
 
     def close(self) -> None:
         pass

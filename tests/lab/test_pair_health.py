@@ -1,0 +1,105 @@
+"""A pair of nodes whose tunnel dies in silence, in several ways: found, shown, repaired alone, while traffic
+of the other pairs loses nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from meshwire.api.names import device_name
+from meshwire.encryption import health
+from meshwire.lab.exercise import Exercise, Flows
+from meshwire.lab.model import PATIENCE
+
+PACE = health.pace(2)
+DETECT = PACE.detection + 5
+"""Seconds that finding out may take, and telling the API server, on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Node `here` and its peer `there`, as WireGuard knows it."""
+
+    exercise: Exercise
+    here: str
+    there: str
+
+    @property
+    def device(self) -> str:
+        return device_name(self.exercise.mesh_status()["epoch"])
+
+    @property
+    def key(self) -> str:
+        [key] = self.exercise.mesh_node(self.there)["spec"]["keys"]
+        return str(key["publicKey"])
+
+    def wg(self, *arguments: str) -> None:
+        self.exercise.lab.on_node(self.here, "wg", "set", self.device, "peer", self.key, *arguments)
+
+    def field(self, name: str) -> str:
+        """Of `wg show DEVICE NAME`, the peer's."""
+        shown = self.exercise.lab.on_node(self.here, "wg", "show", self.device, name).stdout
+        return next(line.split("\t", 1)[1] for line in shown.splitlines() if line.startswith(self.key))
+
+    @property
+    def unreachable(self) -> list[str]:
+        """Who `here` says is dead."""
+        found = self.exercise.mesh_node(self.here)["status"].get("unreachable", [])
+        return [each["node"] for each in found]
+
+    @property
+    def answers(self) -> bool:
+        target = self.exercise.probe(self.there).addresses[0]
+        return bool(self.exercise.run(self.here, "ask", target)["complete"])
+
+
+def ends(exercise: Exercise, here: str, there: str) -> tuple[Ends, Ends]:
+    return Ends(exercise, here, there), Ends(exercise, there, here)
+
+
+def within(seconds: float, done: Callable[[], bool], what: str) -> float:
+    """Seconds it took."""
+    began = time.monotonic()
+    while not done():
+        assert time.monotonic() - began < seconds * PATIENCE, f"after {seconds:.0f} s still not: {what}"
+        time.sleep(0.2)
+    return time.monotonic() - began
+
+
+@contextmanager
+def others_lose_nothing(exercise: Exercise, *nodes: str) -> Iterator[Flows]:
+    """Traffic of all pairs but the one between two nodes."""
+    [third] = [node for node in exercise.lab.nodes if node not in nodes]
+    more = {third: [address for node in nodes for address in exercise.probe(node).addresses]}
+    with exercise.flows(nodes=[third], more=more) as flows:
+        yield flows
+    assert flows.packets > 1000
+    assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
+
+
+def test_keys_that_no_longer_fit_are_found_and_the_peer_renewed(encrypted: Exercise) -> None:
+    one, other = ends(encrypted, "node1", "node2")
+    encrypted.wait_until(lambda: one.answers and other.answers, "the pair works")
+    endpoint, allowed = one.field("endpoints"), one.field("allowed-ips")
+    with others_lose_nothing(encrypted, "node1", "node2"):
+        # All that the API knows stays as it is; first messages of handshakes still get through, and count.
+        one.wg("remove")
+        one.wg("preshared-key", "/dev/stdin") if False else None
+        encrypted.lab.on_node(
+            "node1",
+            "sh",
+            "-c",
+            f"wg genpsk | wg set {one.device} peer {one.key} remove peer {one.key} preshared-key /dev/stdin"
+            f" endpoint {endpoint} allowed-ips {allowed.replace(' ', ',')} persistent-keepalive 25",
+        )
+        broken = time.monotonic()
+        assert not one.answers
+        found = within(DETECT, lambda: "node2" in one.unreachable, "node1 misses node2")
+        repaired = within(30, lambda: one.answers, "node1 reaches node2 again")
+        total = time.monotonic() - broken
+        within(30, lambda: not one.unreachable and not other.unreachable, "nobody is missed")
+    print(f"detected after {found:.1f} s, repaired {repaired:.1f} s later, {total:.1f} s in all")
+    assert one.field("preshared-keys") == "(none)"
