@@ -17,6 +17,7 @@ from meshwire.lab.model import PATIENCE
 PACE = health.pace(2)
 DETECT = PACE.detection + 5
 """Seconds that finding out may take, and telling the API server, on a busy machine."""
+NOWHERE = "198.18.0.250:51871"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,6 @@ def test_keys_that_no_longer_fit_are_found_and_the_peer_renewed(encrypted: Exerc
     with others_lose_nothing(encrypted, "node1", "node2"):
         # All that the API knows stays as it is; first messages of handshakes still get through, and count.
         one.wg("remove")
-        one.wg("preshared-key", "/dev/stdin") if False else None
         encrypted.lab.on_node(
             "node1",
             "sh",
@@ -103,3 +103,77 @@ def test_keys_that_no_longer_fit_are_found_and_the_peer_renewed(encrypted: Exerc
         within(30, lambda: not one.unreachable and not other.unreachable, "nobody is missed")
     print(f"detected after {found:.1f} s, repaired {repaired:.1f} s later, {total:.1f} s in all")
     assert one.field("preshared-keys") == "(none)"
+
+
+def test_a_wrong_endpoint_heals_by_what_the_peer_sends(encrypted: Exercise) -> None:
+    one, other = ends(encrypted, "node1", "node2")
+    encrypted.wait_until(lambda: one.answers and other.answers, "the pair works")
+    right = one.field("endpoints")
+    one.wg("endpoint", NOWHERE)
+    healed = within(DETECT, lambda: one.field("endpoints") == right and one.answers, "node1 knows better")
+    print(f"one wrong endpoint: right again after {healed:.1f} s")
+
+
+def test_wrong_endpoints_at_both_ends_are_set_anew(encrypted: Exercise) -> None:
+    one, other = ends(encrypted, "node1", "node2")
+    encrypted.wait_until(lambda: one.answers and other.answers, "the pair works")
+    with others_lose_nothing(encrypted, "node1", "node2"):
+        began = time.monotonic()
+
+        def misled() -> bool:
+            for end in (one, other):
+                end.wg("endpoint", NOWHERE)
+            return all(end.field("endpoints") == NOWHERE for end in (one, other))
+
+        # What is on its way to one end puts it right.
+        encrypted.wait_until(misled, "both ends send into the void")
+        took = within(DETECT + 15, lambda: one.answers and other.answers, "the pair works again")
+    print(f"two wrong endpoints: right again after {took:.1f} s, {time.monotonic() - began:.1f} s in all")
+
+
+def test_a_blocked_pair_is_shown_and_comes_back_alone(encrypted: Exercise) -> None:
+    lab = encrypted.lab
+    one, other = ends(encrypted, "node1", "node2")
+    encrypted.wait_until(lambda: one.answers and other.answers, "the pair works")
+    address = one.field("endpoints").rpartition(":")[0]
+    rules = (
+        "add table inet block",
+        "add chain inet block out { type filter hook output priority 0; }",
+        "add chain inet block in { type filter hook input priority 0; }",
+        f"add rule inet block out ip daddr {address} udp dport 51871-51872 drop",
+        f"add rule inet block in ip saddr {address} udp dport 51871-51872 drop",
+    )
+    with others_lose_nothing(encrypted, "node1", "node2"):
+        lab.on_node("node1", "nft", "; ".join(rules))
+        try:
+            found = within(
+                DETECT,
+                lambda: one.unreachable == ["node2"] and other.unreachable == ["node1"],
+                "both ends miss each other",
+            )
+            # Long enough for several repairs, none of which can help.
+            time.sleep(20)
+            assert one.unreachable == ["node2"] and other.unreachable == ["node1"]
+        finally:
+            lab.on_node("node1", "nft", "delete table inet block")
+        healed = within(60, lambda: one.answers and other.answers, "the pair works again")
+        within(30, lambda: not one.unreachable and not other.unreachable, "nobody is missed")
+    print(f"blocked: found after {found:.1f} s; works {healed:.1f} s after the block is gone")
+
+
+def test_a_peer_whose_agent_is_away_is_not_taken_for_dead(encrypted: Exercise) -> None:
+    lab = encrypted.lab
+    one, other = ends(encrypted, "node1", "node2")
+    encrypted.wait_until(lambda: one.answers and other.answers, "the pair works")
+    lab.stop_agent("node2", kill=True)
+    try:
+        before = one.field("transfer")
+        deadline = time.monotonic() + PACE.detection + 10
+        while time.monotonic() < deadline:
+            assert not one.unreachable
+            time.sleep(1)
+        received = [int(text.split("\t")[0]) for text in (before, one.field("transfer"))]
+        # A peer that was renewed would count from 0.
+        assert received[1] > received[0]
+    finally:
+        lab.start_agent("node2")

@@ -275,12 +275,14 @@ class Exercise:
         if services:
             addresses = list(self.services())
             talks = [(node, [*targets, *addresses]) for node, targets in talks]
-        talks = [(node, [*targets, *(more or {}).get(node, ())]) for node, targets in talks]
+        by_node = dict(talks)
+        for node, addresses in (more or {}).items():
+            by_node[node] = [*by_node.get(node, ()), *addresses]
         flows = Flows()
         rates = [f"--udp-rate={udp_rate}", f"--tcp-rate={tcp_rate}", f"--size={size}"]
         with contextlib.ExitStack() as stack:
             running = []
-            for node, targets in talks:
+            for node, targets in by_node.items():
                 command = ("python", "-m", "meshwire.lab.traffic", "flows", *rates, *targets)
                 process = self.lab.popen(self.probe(node).name, *command)
                 stack.callback(_end, process)
