@@ -275,7 +275,7 @@ class Exercise:
         if services:
             addresses = list(self.services())
             talks = [(node, [*targets, *addresses]) for node, targets in talks]
-        by_node = dict(talks)
+        by_node: dict[str, Sequence[str]] = dict(talks)
         for node, addresses in (more or {}).items():
             by_node[node] = [*by_node.get(node, ()), *addresses]
         flows = Flows()

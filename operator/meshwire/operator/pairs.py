@@ -25,9 +25,10 @@ def judge_pairs(
     rest = 0
     for name in sorted(set(live) & mesh_nodes.keys()):
         status = mesh_nodes[name].status
-        named = [each for each in status.unreachable if each.node in live]
         dead += [
-            f"{name} hears nothing from {each.node} since {each.since} ({each.reason})" for each in named
+            f"{name} hears nothing from {each.node} since {each.since} ({each.reason})"
+            for each in status.unreachable
+            if each.node in live
         ]
         rest += max(0, status.unreachable_count - len(status.unreachable))
     if not dead and not rest:
