@@ -8,8 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+
+from click.testing import CliRunner
 
 from meshwire.api.names import device_name
+from meshwire.cli.__main__ import main
 from meshwire.encryption import health
 from meshwire.lab.exercise import Exercise, Flows
 from meshwire.lab.model import PATIENCE
@@ -59,6 +63,20 @@ class Ends:
 
 def ends(exercise: Exercise, here: str, there: str) -> tuple[Ends, Ends]:
     return Ends(exercise, here, there), Ends(exercise, there, here)
+
+
+def matrix(exercise: Exercise) -> dict[str, Any]:
+    """What `meshwire status --matrix` shows."""
+    result = CliRunner().invoke(
+        main, ["status", "--matrix", "-o", "json", "--kubeconfig", str(exercise.lab.kubeconfig)]
+    )
+    found: dict[str, Any] = json.loads(result.stdout)["matrix"]
+    return found
+
+
+def pairs_healthy(exercise: Exercise) -> dict[str, str]:
+    found = [each for each in exercise.mesh_status()["conditions"] if each["type"] == "PairsHealthy"]
+    return dict(found[0]) if found else {"status": ""}
 
 
 def within(seconds: float, done: Callable[[], bool], what: str) -> float:
@@ -154,10 +172,26 @@ def test_a_blocked_pair_is_shown_and_comes_back_alone(encrypted: Exercise) -> No
             # Long enough for several repairs, none of which can help.
             time.sleep(20)
             assert one.unreachable == ["node2"] and other.unreachable == ["node1"]
+            shown = matrix(encrypted)
+            assert shown["pairs"] == {"answer": 4, "dead": 2, "unknown": 0}
+            assert [(each["at"], each["from"]) for each in shown["dead"]] == [
+                ("node1", "node2"),
+                ("node2", "node1"),
+            ]
+            condition = pairs_healthy(encrypted)
+            assert (condition["status"], condition["reason"]) == ("False", "PairsDead")
+            assert "node1 hears nothing from node2 since" in condition["message"]
         finally:
             lab.on_node("node1", "nft", "delete table inet block")
         healed = within(60, lambda: one.answers and other.answers, "the pair works again")
         within(30, lambda: not one.unreachable and not other.unreachable, "nobody is missed")
+    encrypted.wait_until(lambda: pairs_healthy(encrypted)["status"] == "True", "the mesh says so")
+    assert matrix(encrypted)["pairs"] == {"answer": 6, "dead": 0, "unknown": 0}
+    told = {
+        (event["regarding"]["name"], event["reason"])
+        for event in json.loads(lab.kubectl("get", "events.events.k8s.io", "-o", "json"))["items"]
+    }
+    assert {(node, what) for node in ("node1", "node2") for what in ("PairDead", "PairRecovered")} <= told
     print(f"blocked: found after {found:.1f} s; works {healed:.1f} s after the block is gone")
 
 

@@ -31,6 +31,8 @@ from meshwire.encryption.model import (
 INITIATION: Final = 148
 """Bytes of a handshake's first message. It counts as received and proves nothing: with another preshared key
 at one end, first messages are good and no handshake ever succeeds."""
+MAX_INITIATIONS: Final = 8
+"""Between two looks."""
 ANSWER: Final = 10.0
 """Seconds after which WireGuard answers data with a keepalive, where nothing else is sent."""
 PATIENCE: Final = 18.0
@@ -266,9 +268,8 @@ def says_something(before: Reading, now: Reading) -> bool:
     if now.handshake > before.handshake:
         return True
     grown = now.received - (before.received if now.received >= before.received else 0)
-    # Nothing but first messages of handshakes. A busy peer's packets may come to the same number once, not
-    # again and again.
-    return grown % INITIATION != 0
+    # First messages come every five seconds at most; a busy peer's packets may come to any number.
+    return grown > MAX_INITIATIONS * INITIATION or grown % INITIATION != 0
 
 
 def _has_waited(track: Track, now: float) -> bool:
