@@ -133,7 +133,8 @@ class World:
             self.repairs.append((self.now, pair.key, step))
             self.tracks = health.repaired(self.tracks, pair.key, self.now)
         for pair in found.ask:
-            self.far[pair.key].asked(self.now)
+            if pair.key in self.far:
+                self.far[pair.key].asked(self.now)
         self.tracks = health.asked(self.tracks, {pair.key for pair in found.ask}, self.now)
         self.rounds.append((self.now, found))
 
@@ -247,10 +248,30 @@ def test_a_node_that_is_not_ready_is_left_alone_and_not_told_of() -> None:
 
 def test_who_could_not_be_asked_owes_no_answer() -> None:
     tracks: dict[PairKey, Track] = {}
+    readings = {("meshwire_wg1", key(1)): Reading(1, WALL)}
     for second in range(200):
-        found = health.judge(tracks, pairs(1), {}, now=second, wall=WALL, pace=health.pace(1))
+        found = health.judge(tracks, pairs(1), readings, now=second, wall=WALL, pace=health.pace(1))
         tracks = dict(found.tracks)
         assert not found.died and (second < 6 or found.ask)
+
+
+def test_what_can_not_be_read_is_no_sign_of_life() -> None:
+    made = world(1, silent=((110, 1e9),), received=4711)
+    made.run(60)
+    [pair] = made.pairs
+    far = made.far.pop(pair.key)
+    made.run(5)
+    assert made.rounds[-1][1].lost and made.state(pair) is State.DEAD
+    made.far[pair.key] = far
+    made.run(5)
+    assert not made.rounds[-1][1].lost and made.state(pair) is State.DEAD
+    # Taken away by somebody and brought back: it counts from 0, and has still said nothing.
+    far.received, far.handshake = 0, 0.0
+    made.run(5)
+    assert made.state(pair) is State.DEAD
+    far.received = 92
+    made.run(1)
+    assert made.state(pair) is State.HEALTHY
 
 
 def test_many_nodes_are_told_later_than_few() -> None:

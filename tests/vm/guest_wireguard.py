@@ -153,7 +153,10 @@ def test_a_question_is_answered_and_a_renewed_peer_shakes_hands_anew(wireguard: 
                     node=other[name],
                     public_key=public_key(secrets[other[name]]),
                     endpoint=Endpoint(IPv4Address("127.0.0.1"), ports[other[name]]),
-                    allowed_ips=frozenset({ip_network(f"198.18.0.{ports[other[name]] % 10}/32")}),
+                    allowed_ips=frozenset(
+                        ip_network(text.format(ports[other[name]] % 10))
+                        for text in ("198.18.0.{}/32", "fd00::{}/128")
+                    ),
                     keepalive=65535,
                 ),
             ),
@@ -188,7 +191,7 @@ def test_a_question_is_answered_and_a_renewed_peer_shakes_hands_anew(wireguard: 
             time.sleep(12)
 
             before = read(one)
-            netlink.send_ip(sender, one, packet)
+            netlink.send_ip(sender, one, question(IPv6Address("fd00::1"), IPv6Address("fd00::2")))
             took = wait(lambda: says_something(before, read(one)), ANSWER + 6)
             assert read(one).received - before.received == 32, "a keepalive, and nothing else"
             assert took > ANSWER - 1

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
-from pyroute2.netlink.exceptions import NetlinkError
-
 from meshwire.api import names
 from meshwire.api.meshnode import Status, Unreachable
 from meshwire.encryption import health, plan
@@ -171,8 +169,9 @@ class Pairs:
         log.info("repair (%s): %s", step, action)
         try:
             self._kernel.apply(action)
-        except (OSError, NetlinkError) as error:
-            log.warning("%s failed: %s", action, error)
+        except Exception as error:
+            # The device may be gone; the loop sees to that.
+            log.warning("%s failed: %s: %s", action, type(error).__name__, error)
         self.counts.repairs[step] += 1
 
     def _ask(self, desired: Desired, pairs: tuple[Pair, ...]) -> set[PairKey]:

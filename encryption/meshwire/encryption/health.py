@@ -231,11 +231,11 @@ def judge(
         lost |= reading is None
         before = tracks.get(pair.key)
         if before is None or before.node != pair.peer.node:
-            after[pair.key] = Track(
-                node=pair.peer.node, live=pair.live, reading=reading or Reading(), began=now
-            )
+            if reading:
+                after[pair.key] = Track(node=pair.peer.node, live=pair.live, reading=reading, began=now)
             continue
-        track = replace(before, live=pair.live, reading=reading or Reading())
+        # What could not be read says nothing, not even once it can be again.
+        track = replace(before, live=pair.live, reading=reading or before.reading)
         if reading and says_something(before.reading, reading):
             if track.dead is not None:
                 recovered.append(Recovery(track.node, now - track.dead, track.repairs))
