@@ -211,3 +211,18 @@ def test_a_peer_whose_agent_is_away_is_not_taken_for_dead(encrypted: Exercise) -
         assert received[1] > received[0]
     finally:
         lab.start_agent("node2")
+
+
+def test_a_device_that_has_lost_its_sockets_is_reset(encrypted: Exercise) -> None:
+    lab = encrypted.lab
+    pairs = [each for there in ("node2", "node3") for each in ends(encrypted, "node1", there)]
+    encrypted.wait_until(lambda: all(end.answers for end in pairs), "all pairs work")
+    began = time.monotonic()
+    with encrypted.flows(nodes=["node2", "node3"]) as flows:
+        # WireGuard outside of the kernel takes the error for the end of its socket, and never reads again.
+        lab.on_node("node1", "ss", "-K", "-u", "-a", "( sport = :51871 or sport = :51872 )")
+        within(DETECT, lambda: pairs[0].unreachable == ["node2", "node3"], "node1 hears nobody")
+        found = time.monotonic() - began
+        within(health.RETRIES[0] + 15, lambda: all(end.answers for end in pairs), "all pairs work again")
+    print(f"deaf device: found after {found:.1f} s, all well after {time.monotonic() - began:.1f} s")
+    assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)

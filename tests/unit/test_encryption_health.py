@@ -274,6 +274,34 @@ def test_what_can_not_be_read_is_no_sign_of_life() -> None:
     assert made.state(pair) is State.HEALTHY
 
 
+def deaf(made: World) -> bool:
+    return bool(health.find_deaf(made.tracks, {}, made.now))
+
+
+def test_a_device_is_deaf_only_if_all_its_peers_are_dead_and_renewed_in_vain() -> None:
+    made = world(2, silent=((110, 1e9),))
+    made.run(300)
+    assert made.deaths("n1") and not deaf(made)
+    made = world(1, silent=((110, 1e9),))
+    made.run(300)
+    assert made.deaths("n1") and not deaf(made), "one peer's silence may be that peer's"
+
+    made = world(3)
+    for far in made.far.values():
+        far.silent = ((110, 1e9),)
+    made.run(60)
+    assert len(made.repairs) >= 3
+    tracks = {key: replace(track, repairs=1, next_repair=200.0) for key, track in made.tracks.items()}
+    assert not health.find_deaf(tracks, {}, 199)
+    assert health.find_deaf(tracks, {}, 200) == ("meshwire_wg1",)
+    assert not health.find_deaf(tracks, {"meshwire_wg1": 0.0}, 200)
+    assert health.find_deaf(tracks, {"meshwire_wg1": 0.0}, 600)
+    none_live = {key: replace(track, live=False) for key, track in tracks.items()}
+    assert not health.find_deaf(none_live, {}, 200)
+    one_heard = {**tracks, next(iter(tracks)): replace(next(iter(tracks.values())), dead=None)}
+    assert not health.find_deaf(one_heard, {}, 200)
+
+
 def test_many_nodes_are_told_later_than_few() -> None:
     dead = Track(node="b", live=True, reading=Reading(), began=0, dead=100.0, since=WALL, reason="NoAnswer")
     tracks = {("meshwire_wg1", key(1)): dead}
@@ -510,6 +538,25 @@ def test_an_agent_asks_tells_and_repairs(monkeypatch: pytest.MonkeyPatch) -> Non
     # Encryption is off: nobody is waited for.
     assert not watch.look(Desired(phase=Phase.OFF), observed, ()).lost
     assert watch.counts.states[State.HEALTHY] == 0
+
+
+def test_a_deaf_device_is_reset_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = {"now": 1000.0}
+    monkeypatch.setattr("time.monotonic", lambda: clock["now"])
+    kernel = StubKernel({("meshwire_wg0", key(n)): Reading(1, WALL, endpoint(n)) for n in (11, 12)})
+    desired, observed = in_force(n1=8, n2=8)
+    watch = Pairs(kernel)
+    for _ in range(400):
+        watch.look(desired, observed, ())
+        clock["now"] += 1
+    resets = [n for n, each in enumerate(kernel.applied) if isinstance(each, plan.ResetLink)]
+    # Only n1 is live, and it was renewed once before.
+    assert len(resets) == watch.counts.repairs[Repair.DEVICE] == 1
+    assert [str(each).split(":")[0] for each in kernel.applied[: resets[0]]] == ["configure meshwire_wg0"]
+    for _ in range(600):
+        watch.look(desired, observed, ())
+        clock["now"] += 1
+    assert watch.counts.repairs[Repair.DEVICE] == 2
 
 
 def test_an_agent_that_can_not_ask_judges_nobody(

@@ -101,6 +101,7 @@ class Pairs:
         self._pairs: tuple[Pair, ...] = ()
         self._of: tuple[Desired, Observed] | None = None
         self._unreachable: Mapping[str, Unreachable] | None = None
+        self._resets: dict[str, float] = {}
         self._complained = False
         self.pace = health.pace(0)
         self.counts = Counts()
@@ -137,6 +138,9 @@ class Pairs:
                 recovery.repairs,
             )
             self.counts.repair.add(recovery.dead)
+        for device in health.find_deaf(found.tracks, self._resets, now):
+            self._apply(Repair.DEVICE, plan.ResetLink(device))
+            self._resets[device] = now
         tracks = found.tracks
         for step, pair in found.repair:
             self._repair(step, pair)
@@ -165,7 +169,9 @@ class Pairs:
 
     def _repair(self, step: Repair, pair: Pair) -> None:
         make = plan.reset_endpoint if step is Repair.ENDPOINT else plan.renew_peer
-        action = make(pair.device, pair.peer)
+        self._apply(step, make(pair.device, pair.peer))
+
+    def _apply(self, step: Repair, action: plan.Action) -> None:
         log.info("repair (%s): %s", step, action)
         try:
             self._kernel.apply(action)

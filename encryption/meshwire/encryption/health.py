@@ -50,6 +50,9 @@ each hears of what each says: until then its Node is NotReady, which says it all
 RETRIES: Final = (15.0, 30.0, 60.0, 120.0, 300.0)
 """Seconds from one repair to the next; the last goes on."""
 
+RESET_AGAIN: Final = 600.0
+"""Seconds from one reset of a device to the next."""
+
 PairKey = tuple[str, str]
 """Device and public key: while keys change, a node is a peer of both devices."""
 
@@ -68,6 +71,8 @@ class Repair(StrEnum):
     """The peer's endpoint is set to what the API says."""
     RENEW = "Renew"
     """The peer alone is removed and added again. Its redirect stays, so nothing goes another way."""
+    DEVICE = "Device"
+    """All of a device's peers are dead: its link is set down and up, which opens its sockets anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,6 +307,24 @@ def repaired(tracks: Tracks, key: PairKey, now: float) -> dict[PairKey, Track]:
     track = tracks[key]
     wait = RETRIES[min(track.repairs, len(RETRIES) - 1)]
     return {**tracks, key: replace(track, repairs=track.repairs + 1, next_repair=now + wait)}
+
+
+def find_deaf(tracks: Tracks, resets: Mapping[str, float], now: float) -> tuple[str, ...]:
+    """Devices that hear nothing from any of their peers, two or more, where renewing each that is live was
+    in vain: it is the device then, or the node's network, and there is nothing that works to be disturbed.
+    `resets`: when each was reset last."""
+    by_device: dict[str, list[Track]] = {}
+    for (device, _), track in tracks.items():
+        by_device.setdefault(device, []).append(track)
+    return tuple(
+        device
+        for device, found in sorted(by_device.items())
+        if len(found) > 1
+        and all(track.dead is not None for track in found)
+        and any(track.live for track in found)
+        and all(track.repairs and now >= track.next_repair for track in found if track.live)
+        and now - resets.get(device, -RESET_AGAIN) >= RESET_AGAIN
+    )
 
 
 def find_unreachable(
