@@ -213,7 +213,7 @@ def test_a_peer_whose_agent_is_away_is_not_taken_for_dead(encrypted: Exercise) -
         lab.start_agent("node2")
 
 
-def test_a_device_that_has_lost_its_sockets_is_reset(encrypted: Exercise) -> None:
+def test_a_device_that_has_lost_its_sockets_is_made_anew(encrypted: Exercise) -> None:
     lab = encrypted.lab
     pairs = [each for there in ("node2", "node3") for each in ends(encrypted, "node1", there)]
     encrypted.wait_until(lambda: all(end.answers for end in pairs), "all pairs work")

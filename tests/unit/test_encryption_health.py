@@ -540,7 +540,7 @@ def test_an_agent_asks_tells_and_repairs(monkeypatch: pytest.MonkeyPatch) -> Non
     assert watch.counts.states[State.HEALTHY] == 0
 
 
-def test_a_deaf_device_is_reset_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deaf_device_is_made_anew_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = {"now": 1000.0}
     monkeypatch.setattr("time.monotonic", lambda: clock["now"])
     kernel = StubKernel({("meshwire_wg0", key(n)): Reading(1, WALL, endpoint(n)) for n in (11, 12)})
@@ -549,7 +549,7 @@ def test_a_deaf_device_is_reset_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(400):
         watch.look(desired, observed, ())
         clock["now"] += 1
-    resets = [n for n, each in enumerate(kernel.applied) if isinstance(each, plan.ResetLink)]
+    resets = [n for n, each in enumerate(kernel.applied) if isinstance(each, plan.DeleteDevice)]
     # Only n1 is live, and it was renewed once before.
     assert len(resets) == watch.counts.repairs[Repair.DEVICE] == 1
     assert [str(each).split(":")[0] for each in kernel.applied[: resets[0]]] == ["configure meshwire_wg0"]

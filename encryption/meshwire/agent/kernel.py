@@ -261,10 +261,6 @@ class Kernel:
                     # Its sockets are there only now. They work without, only not in bursts.
                     with contextlib.suppress(userspace.CannotStart):
                         userspace.ensure_device(self._settings.run_directory, name)
-            case plans.ResetLink(name):
-                netlink.set_down(self._ipr, name)
-                link = self._seen.links[name]
-                self._apply(plans.SetLink(name, link.mtu, add_address=False))
             case plans.WriteSysctls(sysctls):
                 for path, text in sysctls:
                     netlink.write_sysctl(self._settings.proc_sys, path, text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -138,15 +138,18 @@ class Pairs:
                 recovery.repairs,
             )
             self.counts.repair.add(recovery.dead)
-        for device in health.find_deaf(found.tracks, self._resets, now):
-            self._apply(Repair.DEVICE, plan.ResetLink(device))
+        deaf = health.find_deaf(found.tracks, self._resets, now)
+        for device in deaf:
+            self._apply(Repair.DEVICE, plan.DeleteDevice(device))
             self._resets[device] = now
         tracks = found.tracks
         for step, pair in found.repair:
-            self._repair(step, pair)
+            if pair.device.name not in deaf:
+                self._repair(step, pair)
             tracks = health.repaired(tracks, pair.key, now)
+        ask = [pair for pair in found.ask if pair.device.name not in deaf]
         # After repairs: a packet for a peer that was just renewed makes it shake hands.
-        self._tracks = health.asked(tracks, self._ask(desired, found.ask), now)
+        self._tracks = health.asked(tracks, self._ask(desired, ask), now)
         after = health.find_unreachable(self._tracks, before, now=now, pace=self.pace)
         self._unreachable = after
         self.counts.states = health.count_states(self._tracks, now, self.pace)
@@ -180,7 +183,7 @@ class Pairs:
             log.warning("%s failed: %s: %s", action, type(error).__name__, error)
         self.counts.repairs[step] += 1
 
-    def _ask(self, desired: Desired, pairs: tuple[Pair, ...]) -> set[PairKey]:
+    def _ask(self, desired: Desired, pairs: Sequence[Pair]) -> set[PairKey]:
         """Those who were."""
         done: set[PairKey] = set()
         if not pairs:

@@ -51,7 +51,7 @@ RETRIES: Final = (15.0, 30.0, 60.0, 120.0, 300.0)
 """Seconds from one repair to the next; the last goes on."""
 
 RESET_AGAIN: Final = 600.0
-"""Seconds from one reset of a device to the next."""
+"""Seconds until a device may be made anew once more."""
 
 PairKey = tuple[str, str]
 """Device and public key: while keys change, a node is a peer of both devices."""
@@ -72,7 +72,8 @@ class Repair(StrEnum):
     RENEW = "Renew"
     """The peer alone is removed and added again. Its redirect stays, so nothing goes another way."""
     DEVICE = "Device"
-    """All of a device's peers are dead: its link is set down and up, which opens its sockets anew."""
+    """All of a device's peers are dead: it is deleted, and the loop makes it anew. Until then what is
+    redirected into it is dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +313,7 @@ def repaired(tracks: Tracks, key: PairKey, now: float) -> dict[PairKey, Track]:
 def find_deaf(tracks: Tracks, resets: Mapping[str, float], now: float) -> tuple[str, ...]:
     """Devices that hear nothing from any of their peers, two or more, where renewing each that is live was
     in vain: it is the device then, or the node's network, and there is nothing that works to be disturbed.
-    `resets`: when each was reset last."""
+    `resets`: when each was deleted for it last."""
     by_device: dict[str, list[Track]] = {}
     for (device, _), track in tracks.items():
         by_device.setdefault(device, []).append(track)

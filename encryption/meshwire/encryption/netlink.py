@@ -229,15 +229,6 @@ def set_up(ipr: IPRoute, name: str, *, mtu: int, add_address: bool) -> None:
     ipr.link("set", index=index, state="up")
 
 
-def set_down(ipr: IPRoute, name: str) -> None:
-    """It keeps its IPv4 addresses, filters and peers. Raises NetlinkError, ENODEV where the device is
-    gone."""
-    _check_ours(name)
-    if (index := find_index(ipr, name)) is None:
-        raise NetlinkError(errno.ENODEV, f"no device {name}")
-    ipr.link("set", index=index, state="down")
-
-
 def read_sysctls(root: Path, paths: Iterable[str]) -> dict[str, str]:
     """Those that exist: a kernel without IPv6 has none of its."""
     found = {}

@@ -177,17 +177,6 @@ class SetLink:
 
 
 @dataclass(frozen=True, slots=True)
-class ResetLink:
-    """Down and up again: WireGuard opens its sockets anew, and shakes hands with everybody. Peers and their
-    networks stay. Never part of a plan: see meshwire.encryption.health."""
-
-    name: str
-
-    def __str__(self) -> str:
-        return f"set {self.name} down and up again"
-
-
-@dataclass(frozen=True, slots=True)
 class WriteSysctls:
     """Paths relative to /proc/sys."""
 
@@ -266,7 +255,6 @@ Action = (
     | CreateDevice
     | DeleteDevice
     | SetLink
-    | ResetLink
     | WriteSysctls
     | ConfigureDevice
 )
