@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwire.agent.pairs import Pairs
@@ -47,6 +47,8 @@ from meshwire.encryption.model import (
 from meshwire.encryption.question import checksum, question
 
 WALL = 1_700_000_000.0
+unhurried = settings(deadline=None, max_examples=50)
+"""Minutes of a node's life take a while on a busy machine."""
 
 
 def key(number: int) -> str:
@@ -168,6 +170,7 @@ def world(count: int, **first: object) -> World:
     return World(far, made)
 
 
+@unhurried
 @given(
     silence=st.lists(st.tuples(st.floats(100, 400), st.floats(1, 200)), max_size=4),
     late=st.lists(st.floats(0, 30), max_size=5),
@@ -194,6 +197,7 @@ def test_who_answers_is_never_repaired(
         assert any(start < now and start + PATIENCE - health.ANSWER <= now for start, _ in spans), one
 
 
+@unhurried
 @given(
     dies=st.floats(130, 200), chatty=st.booleans(), first_messages=st.booleans(), count=st.integers(1, 120)
 )
@@ -209,6 +213,7 @@ def test_a_death_is_known_in_time(dies: float, chatty: bool, first_messages: boo
     assert made.repairs[0][0] == death
 
 
+@unhurried
 @given(length=st.floats(40, 300))
 def test_it_is_known_when_it_answers_again_and_how_often_it_was_repaired(length: float) -> None:
     made = world(2, silent=((150, 150 + length),))
@@ -291,8 +296,10 @@ def test_a_device_is_deaf_only_if_all_its_peers_are_dead_and_renewed_in_vain() -
         far.silent = ((110, 1e9),)
     made.run(60)
     assert len(made.repairs) >= 3
-    tracks = {key: replace(track, repairs=1, next_repair=200.0) for key, track in made.tracks.items()}
+    tracks = {key: replace(track, repairs=1, dead=185.0) for key, track in made.tracks.items()}
     assert not health.find_deaf(tracks, {}, 199)
+    unrepaired = {key: replace(track, repairs=0) for key, track in tracks.items()}
+    assert not health.find_deaf(unrepaired, {}, 200)
     assert health.find_deaf(tracks, {}, 200) == ("meshwire_wg1",)
     assert not health.find_deaf(tracks, {"meshwire_wg1": 0.0}, 200)
     assert health.find_deaf(tracks, {"meshwire_wg1": 0.0}, 600)
@@ -300,6 +307,21 @@ def test_a_device_is_deaf_only_if_all_its_peers_are_dead_and_renewed_in_vain() -
     assert not health.find_deaf(none_live, {}, 200)
     one_heard = {**tracks, next(iter(tracks)): replace(next(iter(tracks.values())), dead=None)}
     assert not health.find_deaf(one_heard, {}, 200)
+
+
+@unhurried
+@given(st.lists(st.floats(110, 140), min_size=2, max_size=4))
+def test_a_device_whose_peers_were_missed_one_after_the_other_is_deaf_too(deaths: list[float]) -> None:
+    made = world(len(deaths))
+    for far, dies in zip(made.far.values(), deaths, strict=True):
+        far.silent = ((dies, 1e9),)
+    looks = []
+    while made.now < 230:
+        looks.append(deaf(made))
+        made.run(1)
+    first = 100 + looks.index(True)
+    last = max(made.deaths(f"n{number}")[0] for number in range(1, len(deaths) + 1))
+    assert last + RETRIES[0] <= first <= last + RETRIES[0] + 3 * made.pace.look
 
 
 def test_many_nodes_are_told_later_than_few() -> None:

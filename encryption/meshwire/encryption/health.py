@@ -321,11 +321,17 @@ def find_deaf(tracks: Tracks, resets: Mapping[str, float], now: float) -> tuple[
         device
         for device, found in sorted(by_device.items())
         if len(found) > 1
-        and all(track.dead is not None for track in found)
         and any(track.live for track in found)
-        and all(track.repairs and now >= track.next_repair for track in found if track.live)
+        and all(_is_hopeless(track, now) for track in found)
         and now - resets.get(device, -RESET_AGAIN) >= RESET_AGAIN
     )
+
+
+def _is_hopeless(track: Track, now: float) -> bool:
+    """Dead, and, if it is to be repaired at all, renewed and given time to answer since."""
+    if track.dead is None:
+        return False
+    return not track.live or (track.repairs > 0 and now - track.dead >= RETRIES[0])
 
 
 def find_unreachable(
