@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
+from statistics import median
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -25,14 +26,17 @@ from nacl.bindings import crypto_scalarmult_base
 from meshwire.agent import userspace
 from meshwire.agent.kernel import Kernel
 from meshwire.agent.loop import Look, observe_and_plan
+from meshwire.agent.pairs import Pairs
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
 from meshwire.api.meshconfig import Encryption, MeshConfig
 from meshwire.api.meshnode import Key, Phase, Spec
 from meshwire.encryption.desired import Inputs, desired
+from meshwire.encryption.health import find_pairs, find_source
 from meshwire.encryption.keys import public_key
 from meshwire.encryption.model import ClusterNode, HeldKey, Member, SecretKey
 from meshwire.encryption.plan import LoadDatapath, Plan, plan
+from meshwire.encryption.question import question
 
 T = TypeVar("T")
 
@@ -111,6 +115,7 @@ def measure(peers: int = 1000) -> dict[str, Any]:
                 "one_changed_ms": _milliseconds(changed),
                 "actions_for_one_changed": [str(action) for action in todo],
                 "further_actions": len(after.todo),
+                "watching": _watch(kernel, after),
             }
         finally:
             _remove_all(kernel, world, held)
@@ -145,6 +150,35 @@ def _apply(kernel: Kernel, todo: Plan) -> None:
 
 def _look(kernel: Kernel, world: World, held: HeldKey) -> Look:
     return observe_and_plan(kernel, "n0", world, held={held.epoch: held}, last_good=None)
+
+
+def _watch(kernel: Kernel, look: Look) -> dict[str, float]:
+    """What it costs to see whether all peers are there. `cpu_percent`: of one CPU, for the agent, where no
+    peer ever answers, so that each is asked as often as can be."""
+    wanted, seen, watch = look.desired, look.observed, Pairs(kernel)
+    assert wanted
+    watch.look(wanted, seen, ())
+    looks = [_timed(lambda: watch.look(wanted, seen, ()))[0] for _ in range(9)]
+    found = find_pairs(wanted, seen)
+    targets = [pair.peer.endpoint.address for pair in found if pair.peer.endpoint]
+    source = find_source(wanted, 4)
+    assert source and len(targets) == len(found)
+
+    def ask() -> None:
+        for pair, target in zip(found, targets, strict=True):
+            kernel.ask(pair.device.name, question(source, target))
+
+    asking = _timed(ask)[0]
+    cost = median(looks) / watch.pace.look + asking / watch.pace.ask_again
+    return {
+        "pairs": len(found),
+        "look_ms": round(1000 * median(looks), 1),
+        "ask_all_ms": round(1000 * asking, 1),
+        "seconds_between_looks": watch.pace.look,
+        "questions_per_second": round(len(found) / watch.pace.ask_again, 1),
+        "cpu_percent": round(100 * cost, 2),
+        "detection_seconds": watch.pace.detection,
+    }
 
 
 def _remove_all(kernel: Kernel, world: World, held: HeldKey) -> None:

@@ -20,15 +20,17 @@ import pytest
 from meshwire.agent import loop
 from meshwire.agent.kernel import Metrics, Part
 from meshwire.agent.loop import Agent
+from meshwire.agent.pairs import News
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
 from meshwire.api.meshconfig import Encryption, MeshConfig, NetworkSettings, Userspace
-from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status
+from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status, Unreachable
 from meshwire.bpf import loader
 from meshwire.bpf.layouts import Direction, Reason
 from meshwire.bpf.maps import Counter
 from meshwire.encryption import keys
 from meshwire.encryption import plan as plans
+from meshwire.encryption.health import Pace, Reading
 from meshwire.encryption.model import ClusterNode, Link, Member, Observed, SecretKey
 from meshwire.operator.keys import issue
 
@@ -63,6 +65,12 @@ class StubKernel:
 
     def metrics(self) -> Metrics:
         return self.counters
+
+    def read_peers(self) -> dict[tuple[str, str], Reading]:
+        return {}
+
+    def ask(self, device: str, packet: bytes) -> None:
+        raise AssertionError("there is no peer to ask")
 
     def close(self) -> None:
         pass
@@ -451,3 +459,63 @@ async def test_a_tunnel_that_was_left_is_called_empty_only_after_a_while(
         assert bench.client.patches[-1]["activeEpoch"] == 1
         await bench.until(lambda: bench.client.patches[-1]["activeEpoch"] == 0)
         assert time.monotonic() - left >= 0.3
+
+
+@dataclass
+class StubPairs:
+    """Finds what the test says; refuses to look first."""
+
+    news: list[News]
+    status: Status = field(default_factory=Status)
+    told: list[tuple[Unreachable, ...]] = field(default_factory=list)
+    failures: int = 1
+    pace: Pace = field(default_factory=lambda: Pace(quiet=0.01, look=0.01, settled=0))
+
+    def look(self, desired: object, observed: object, told: tuple[Unreachable, ...]) -> News:
+        if self.failures:
+            self.failures -= 1
+            raise OSError("no such device")
+        self.told.append(told)
+        if not self.news:
+            return News()
+        found = self.news.pop(0)
+        dead = tuple(found.dead.values())
+        self.status = Status(unreachable=dead, unreachable_count=len(dead))
+        return found
+
+    def add_to(self, status: Status) -> Status:
+        return replace(
+            status,
+            unreachable=self.status.unreachable,
+            unreachable_count=self.status.unreachable_count,
+        )
+
+
+async def test_a_pair_that_dies_and_comes_back_is_told_of_at_once(tmp_path: Path) -> None:
+    dead = {"b": Unreachable(node="b", since="2026-01-01T00:00:00Z", reason="NoAnswer")}
+    async with running(tmp_path) as bench:
+        pairs = StubPairs([News(dead=dead)])
+        bench.agent._pairs = pairs  # type: ignore[assignment]
+        bench.say(members={"a": own()})
+        await bench.until(lambda: bench.client.patches)
+        watching = asyncio.create_task(bench.agent.watch_pairs())
+        try:
+            await bench.until(lambda: bench.client.patches[-1]["unreachableCount"])
+            assert bench.client.patches[-1]["unreachable"] == [
+                {"node": "b", "since": "2026-01-01T00:00:00Z", "reason": "NoAnswer"}
+            ]
+            await bench.until(lambda: [each["reason"] for each in bench.client.events][-1:] == ["PairDead"])
+            event = bench.client.events[-1]
+            assert (event["type"], event["regarding"]["uid"]) == ("Warning", "1")
+            # A failed look is no reason to stop looking, and what was told is known to the next one.
+            await bench.until(lambda: pairs.told[-1] == tuple(dead.values()))
+            pairs.news.append(News(back=dead))
+            await bench.until(lambda: not bench.client.patches[-1]["unreachableCount"])
+            await bench.until(lambda: bench.client.events[-1]["reason"] == "PairRecovered")
+            looks = len(bench.kernel.looks)
+            pairs.news.append(News(lost=True))
+            await bench.until(lambda: len(bench.kernel.looks) > looks)
+            assert Part.WIREGUARD in bench.kernel.looks[-1]
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)

@@ -173,8 +173,17 @@ def test_status_as_json(cluster: Cluster) -> None:
            ("observedGeneration", "implementation", "preparedEpoch", "activeEpoch", "strict", "peers",
             "handshakes", "leaked", "dropped", "agentVersion")},
         "unreached": [],
+        "unreachable": [],
+        "unreachableCount": 0,
         "conditions": [{**READY[0], "message": "", "lastTransitionTime": ""}],
     }  # fmt: skip
+
+
+def test_the_matrix_in_words_and_as_json(cluster: Cluster) -> None:
+    result = ask(cluster, "status", "--matrix")
+    assert result.exit_code == 0 and "1 nodes; directions that work: 0, dead: 0" in result.stdout
+    answer = json.loads(ask(cluster, "status", "--matrix", "-o", "json").stdout)
+    assert answer["matrix"]["pairs"] == {"answer": 0, "dead": 0, "unknown": 0}
 
 
 def test_a_status_that_is_not_ready_fails_and_says_why(cluster: Cluster) -> None:

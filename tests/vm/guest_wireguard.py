@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
@@ -16,9 +17,11 @@ from bench import peers as many
 from pyroute2 import IPRoute
 
 from meshwire.encryption import netlink
+from meshwire.encryption.health import ANSWER, Reading, says_something
 from meshwire.encryption.keys import public_key
-from meshwire.encryption.model import Endpoint, SecretKey
-from meshwire.encryption.plan import ConfigureDevice, PeerChange
+from meshwire.encryption.model import DEVICES, Device, Endpoint, HeldKey, Peer, SecretKey
+from meshwire.encryption.plan import ConfigureDevice, PeerChange, renew_peer
+from meshwire.encryption.question import question
 from meshwire.encryption.wireguard import KernelWireGuard
 
 DEVICE = "meshwire_wg0"
@@ -116,6 +119,93 @@ def test_thousands_of_single_addresses_of_one_peer_are_all_there(wireguard: Kern
     peers = wireguard.observe(DEVICE).peers
     assert set(peers) == {one.public_key, other.public_key}, "the stand-in is gone"
     assert {each.endpoint for each in peers.values()} == {one.endpoint, other.endpoint}
+
+
+def test_what_is_read_often_is_what_is_observed(wireguard: KernelWireGuard) -> None:
+    peers = tuple(make_peer(number) for number in range(1, PEERS + 1))
+    start = ConfigureDevice(name=DEVICE, private_key=SecretKey(os.urandom(32)), port=51871, peers=peers)
+    wireguard.configure(start)
+    began = time.monotonic()
+    readings = wireguard.read(DEVICE)
+    took = time.monotonic() - began
+    assert readings == {peer.public_key: Reading(0, 0.0, peer.endpoint) for peer in peers}
+    began = time.monotonic()
+    wireguard.observe(DEVICE)
+    print(f"{PEERS} peers read in {took:.3f} s, observed in {time.monotonic() - began:.3f} s")
+    with pytest.raises(OSError, match="No such device"):
+        wireguard.read("meshwire_wg1")
+
+
+def test_a_question_is_answered_and_a_renewed_peer_shakes_hands_anew(wireguard: KernelWireGuard) -> None:
+    """Two devices that are each other's peer, over loopback."""
+    secrets = {name: SecretKey(os.urandom(32)) for name in DEVICES}
+    ports = dict(zip(DEVICES, (51871, 51872), strict=True))
+    other = dict(zip(DEVICES, reversed(DEVICES), strict=True))
+    made = {
+        name: Device(
+            name=name,
+            epoch=0,
+            key=HeldKey(0, public_key(secrets[name]), secrets[name]),
+            port=ports[name],
+            mtu=1420,
+            peers=(
+                Peer(
+                    node=other[name],
+                    public_key=public_key(secrets[other[name]]),
+                    endpoint=Endpoint(IPv4Address("127.0.0.1"), ports[other[name]]),
+                    allowed_ips=frozenset(
+                        ip_network(text.format(ports[other[name]] % 10))
+                        for text in ("198.18.0.{}/32", "fd00::{}/128")
+                    ),
+                    keepalive=65535,
+                ),
+            ),
+        )
+        for name in DEVICES
+    }
+
+    def read(name: str) -> Reading:
+        [reading] = wireguard.read(name).values()
+        return reading
+
+    def wait(what: Callable[[], bool], seconds: float) -> float:
+        began = time.monotonic()
+        while not what():
+            assert time.monotonic() - began < seconds
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+    with IPRoute() as ipr, netlink.open_sender() as sender:
+        ipr.link("set", index=netlink.find_index(ipr, "lo"), state="up")
+        netlink.create_wireguard(ipr, DEVICES[1])
+        try:
+            for name in DEVICES:
+                start = ConfigureDevice(name=name, private_key=secrets[name], port=ports[name])
+                wireguard.configure(start)
+                netlink.set_up(ipr, name, mtu=1420, add_address=True)
+                wireguard.configure(renew_peer(made[name], made[name].peers[0]))
+            one, two = DEVICES
+            packet = question(IPv4Address("198.18.0.1"), IPv4Address("198.18.0.2"))
+            netlink.send_ip(sender, one, packet)
+            wait(lambda: bool(read(one).handshake and read(two).handshake), 30)
+            time.sleep(12)
+
+            before = read(one)
+            netlink.send_ip(sender, one, question(IPv6Address("fd00::1"), IPv6Address("fd00::2")))
+            took = wait(lambda: says_something(before, read(one)), ANSWER + 6)
+            assert read(one).received - before.received == 32, "a keepalive, and nothing else"
+            assert took > ANSWER - 1
+
+            wireguard.configure(renew_peer(made[one], made[one].peers[0]))
+            # Its keepalive is new to it, so it begins at once, and counts from 0.
+            again = wait(lambda: read(one).handshake > before.handshake, 10)
+            renewed = wireguard.observe(one).peers[made[one].peers[0].public_key]
+            assert renewed.received < before.received + 32
+            assert renewed.networks == made[one].peers[0].allowed_ips
+            assert renewed.endpoint == before.endpoint
+            print(f"answered after {took:.1f} s, a renewed peer after {again:.1f} s")
+        finally:
+            netlink.delete_link(ipr, DEVICES[1])
 
 
 def test_many_nodes_become_a_datapath_that_needs_nothing_more() -> None:

@@ -46,6 +46,7 @@ async def run(settings: Settings, cluster: Cluster) -> None:
         runner = await metrics.serve(agent.health, *settings.metrics_address)
         work = [
             tasks.create_task(_despite_kopf(lambda: agent.run(version("meshwire"))), name="loop"),
+            tasks.create_task(_despite_kopf(agent.watch_pairs), name="pairs"),
             tasks.create_task(_despite_kopf(enforcer.run), name="policy"),
         ]
         with woken_by_kernel(wake):

@@ -7,6 +7,7 @@ import contextlib
 import enum
 import errno
 import logging
+import socket
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from meshwire.bpf.maps import AddressEntry as MapAddress
 from meshwire.bpf.maps import Counter, Maps, SettingsEntry
 from meshwire.encryption import netlink, uapi
 from meshwire.encryption import plan as plans
+from meshwire.encryption.health import PairKey, Reading
 from meshwire.encryption.model import (
     DEVICES,
     AddressEntry,
@@ -110,6 +112,7 @@ class Kernel:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._socket: IPRoute | None = None
+        self._questions: socket.socket | None = None
         self._loaded: _Loaded | None = None
         self._kernel_wireguard = False
         self._probe_after = 0.0
@@ -128,6 +131,9 @@ class Kernel:
         if self._socket:
             self._socket.close()
             self._socket = None
+        if self._questions:
+            self._questions.close()
+            self._questions = None
 
     @property
     def _ipr(self) -> IPRoute:
@@ -186,6 +192,24 @@ class Kernel:
     def metrics(self) -> Metrics:
         """The datapath's counters; none where it isn't loaded."""
         return self._loaded.maps.metrics.read() if self._loaded else {}
+
+    def read_peers(self) -> dict[PairKey, Reading]:
+        """What is read of peers every few seconds, of the devices seen last; none of one that is gone."""
+        found = {}
+        for name, implementation in self._implementations.items():
+            try:
+                readings = implementation.read(name)
+            except (OSError, NetlinkError) as error:
+                log.debug("can't read the peers of %s: %s", name, error)
+                continue
+            found.update({(name, key): reading for key, reading in readings.items()})
+        return found
+
+    def ask(self, device: str, packet: bytes) -> None:
+        """Sends an IP packet out of a device."""
+        if self._questions is None:
+            self._questions = netlink.open_sender()
+        netlink.send_ip(self._questions, device, packet)
 
     def apply(self, action: plans.Action) -> None:
         before = self._stale

@@ -18,6 +18,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import state
 from meshwire.agent.kernel import Kernel, Metrics, Part
+from meshwire.agent.pairs import Counts as PairCounts
+from meshwire.agent.pairs import Pairs
 from meshwire.agent.policy.room import Fill
 from meshwire.agent.settings import Settings
 from meshwire.agent.userspace import CannotStart
@@ -73,6 +75,7 @@ class Health:
     desired: Desired | None = None
     observed: Observed | None = None
     metrics: Metrics = field(default_factory=dict)
+    pairs: PairCounts = field(default_factory=PairCounts)
     policy_metrics: Metrics = field(default_factory=dict)
     policy_maps: Mapping[str, Fill] = field(default_factory=dict)
     """By name."""
@@ -166,7 +169,8 @@ class Agent:
         self._left: float | None = None
         self._moved: frozenset[int] = frozenset()
         self._failures = 0
-        self.health = Health()
+        self._pairs = Pairs(kernel)
+        self.health = Health(pairs=self._pairs.counts)
 
     def follow(self, source: Callable[[], World]) -> None:
         """Called for every event from the API server, with the way to ask what it has."""
@@ -205,6 +209,28 @@ class Agent:
                 delay = self._failed()
             self._world = world
             deadline = min(time.monotonic() + delay, resync)
+
+    async def watch_pairs(self) -> None:
+        """Until cancelled: sees whether peers are there, apart from the loop, which has more to look at."""
+        while True:
+            await asyncio.sleep(self._pairs.pace.look)
+            outcome = self._outcome
+            if outcome is None or outcome.desired is None or self._world is None:
+                continue
+            told = self._published or self._world.status or Status()
+            try:
+                news = await asyncio.get_running_loop().run_in_executor(
+                    self._thread, self._pairs.look, outcome.desired, outcome.observed, told.unreachable
+                )
+            except (OSError, NetlinkError) as error:
+                log.warning("can't look after the peers: %s", describe(error))
+                continue
+            if news.changed or news.lost:
+                # The loop reports, and brings back a peer that somebody took away.
+                self._stale |= Part.WIREGUARD
+                self._wake.set()
+            for happened in news.events(self._settings.node, self._own_uid):
+                await self._publish(happened)
 
     async def _sleep_until(self, deadline: float) -> None:
         """Or until something happens."""
@@ -418,6 +444,7 @@ class Agent:
             version=version,
             drained=drained,
         )
+        status = self._pairs.add_to(status)
         if status == before == world.status:
             return RESYNC
         # What differs from the API server's alone may be on its way back to us, or somebody else's doing.
@@ -446,12 +473,15 @@ class Agent:
             note=new.message,
             warning=not new.status and new.reason != "Preparing",
         )
+        await self._publish(happened)
+
+    async def _publish(self, happened: events.Event) -> None:
         try:
             await events.publish(
                 self._client,
                 happened,
                 controller=CONTROLLER,
-                instance=own.name,
+                instance=happened.name,
                 now=datetime.now(UTC),
             )
         except (aiohttp.ClientError, TimeoutError, ApiError) as error:

@@ -10,6 +10,7 @@ from typing import Final
 from aiohttp import web
 
 from meshwire.agent.loop import RESYNC, Health
+from meshwire.agent.pairs import Counts
 
 STUCK: Final = 4 * RESYNC
 """Seconds without a run of the loop after which the agent should be restarted."""
@@ -63,6 +64,7 @@ def format_metrics(health: Health, now: float) -> Iterator[str]:
         "meshwire_policy_closed_pods", "gauge", "Pods that get and send nothing, for want of room."
     )
     yield f"meshwire_policy_closed_pods {health.policy_closed_pods}"
+    yield from _format_pairs(health.pairs)
     if health.desired is None or health.observed is None:
         return
     yield from _head("meshwire_peers", "gauge", "Peers by device.")
@@ -78,6 +80,24 @@ def format_metrics(health: Health, now: float) -> Iterator[str]:
             if state_of_peer and state_of_peer.handshake:
                 labels = f'device="{device.name}",node="{peer.node}"'
                 yield f"meshwire_handshake_age_seconds{{{labels}}} {now - state_of_peer.handshake:.1f}"
+
+
+def _format_pairs(counts: Counts) -> Iterator[str]:
+    yield from _head("meshwire_pairs", "gauge", "Peers that traffic goes to, by what is known of them.")
+    for state, number in counts.states.items():
+        yield f'meshwire_pairs{{state="{state.lower()}"}} {number}'
+    yield from _head("meshwire_pairs_dead", "gauge", "Live nodes from which nothing comes.")
+    yield f"meshwire_pairs_dead {counts.dead}"
+    yield from _head("meshwire_pair_repairs_total", "counter", "Attempts to bring a peer back.")
+    for repair, number in counts.repairs.items():
+        yield f'meshwire_pair_repairs_total{{step="{repair.lower()}"}} {number}'
+    for name, text, sample in (
+        ("detect", "From the last packet of a peer to the verdict that the pair is dead.", counts.detect),
+        ("repair", "From that verdict to the next packet.", counts.repair),
+    ):
+        yield from _head(f"meshwire_pair_{name}_seconds", "summary", text)
+        yield f"meshwire_pair_{name}_seconds_sum {sample.total:.3f}"
+        yield f"meshwire_pair_{name}_seconds_count {sample.count}"
 
 
 def _head(name: str, kind: str, text: str) -> Iterator[str]:

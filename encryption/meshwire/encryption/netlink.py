@@ -44,6 +44,8 @@ _RT_TABLE_LOCAL: Final = 255
 QUEUE_LENGTH: Final = 8192
 """Packets that a userspace device holds while its process gets no processor; a TUN's 500 are a few tens of
 milliseconds."""
+_ETH_P_IP: Final = 0x0800
+_ETH_P_IPV6: Final = 0x86DD
 _RT_SCOPE_HOST: Final = 254
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 
@@ -155,6 +157,17 @@ def _hops(value: bytes) -> Iterator[int]:
 def _kind(message: Any) -> str:
     information = message.get_attr("IFLA_LINKINFO")
     return (information.get_attr("IFLA_INFO_KIND") if information else None) or ""
+
+
+def open_sender() -> socket.socket:
+    """For `send_ip`; it receives nothing. Raises PermissionError without CAP_NET_RAW."""
+    return socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0)
+
+
+def send_ip(sender: socket.socket, device: str, packet: bytes) -> None:
+    """An IP packet out of a device, whatever routes say: no route leads into a tunnel. Raises OSError."""
+    protocol = _ETH_P_IP if packet[0] >> 4 == 4 else _ETH_P_IPV6
+    sender.sendto(packet, (device, protocol))
 
 
 def kernel_has_wireguard(ipr: IPRoute) -> bool:

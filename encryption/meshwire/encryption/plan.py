@@ -579,6 +579,26 @@ def _peer_change(
     return None if same else change
 
 
+def renew_peer(device: Device, peer: Peer) -> ConfigureDevice:
+    """Takes the peer away and adds it again in one step, with fresh state on this side. Others keep
+    theirs."""
+    added = _peer_change(device, peer, {}, Observed(links={}), True)
+    assert added
+    gone = PeerChange(public_key=peer.public_key, remove=True)
+    return ConfigureDevice(name=device.name, peers=(gone, added))
+
+
+def reset_endpoint(device: Device, peer: Peer) -> ConfigureDevice:
+    """Puts the peer where the API says it is, whatever WireGuard has learned since."""
+    change = PeerChange(
+        public_key=peer.public_key,
+        node=peer.node,
+        endpoint=peer.endpoint,
+        keepalive=peer.keepalive or FIRST_KEEPALIVE,
+    )
+    return ConfigureDevice(name=device.name, peers=(change,))
+
+
 def _new_endpoint(device: Device, peer: Peer, state: PeerState, observed: Observed) -> Endpoint | None:
     """None leaves the endpoint alone: a peer that answers from elsewhere has roamed, and WireGuard knows
     better. It is set again where the API's changed since we last set it, or where the peer can't be reached

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from meshwire.api.fields import Network
+from meshwire.encryption.health import Reading
 from meshwire.encryption.keys import public_key
 from meshwire.encryption.model import DeviceState, Endpoint, PeerState, SecretKey, single_network
 from meshwire.encryption.plan import ConfigureDevice
@@ -31,6 +32,11 @@ class Uapi:
         with _connect(name) as connection:
             connection.sendall(b"get=1\n\n")
             return parse_device(name, _answer(name, connection))
+
+    def read(self, name: str) -> dict[str, Reading]:
+        with _connect(name) as connection:
+            connection.sendall(b"get=1\n\n")
+            return parse_readings(_answer(name, connection))
 
     def configure(self, change: ConfigureDevice) -> None:
         """In one write, all peers at once."""
@@ -98,6 +104,37 @@ def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
     return DeviceState(name=name, public_key=device_key, port=port, peers=peers)
 
 
+def parse_readings(answer: Iterable[str]) -> dict[str, Reading]:
+    """What of the same lines tells whether peers are there, by public key."""
+    found: dict[str, Reading] = {}
+    key, received, handshake, endpoint = "", 0, 0.0, ""
+
+    def finish() -> None:
+        if key:
+            found[base64.b64encode(bytes.fromhex(key)).decode()] = Reading(
+                received, handshake, _endpoint(endpoint) if endpoint else None
+            )
+
+    for line in answer:
+        if line.startswith("allowed_ip="):
+            continue
+        name, _, value = line.partition("=")
+        match name:
+            case "public_key":
+                finish()
+                key, received, handshake, endpoint = value, 0, 0.0, ""
+            case "endpoint":
+                endpoint = value
+            case "last_handshake_time_sec":
+                handshake += int(value)
+            case "last_handshake_time_nsec":
+                handshake += int(value) / 1e9
+            case "rx_bytes":
+                received = int(value)
+    finish()
+    return found
+
+
 @lru_cache(maxsize=16384)
 def _network(text: str) -> Network:
     """The same few thousand are read again and again, and reading one takes ten times as long as finding
@@ -109,6 +146,12 @@ def parse_endpoint(text: str) -> Endpoint:
     """`192.0.2.1:51871` or `[2001:db8::1]:51871`, with a zone perhaps."""
     host, _, port = text.rpartition(":")
     return Endpoint(ip_address(host.strip("[]").partition("%")[0]), int(port))
+
+
+@lru_cache(maxsize=4096)
+def _endpoint(text: str) -> Endpoint:
+    """Asked for every few seconds."""
+    return parse_endpoint(text)
 
 
 def format_change(change: ConfigureDevice) -> bytes:

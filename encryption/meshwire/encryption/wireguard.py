@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any, Final, Protocol
 
 from pyroute2.netlink import NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, genlmsg, nla
@@ -24,6 +25,7 @@ from pyroute2.netlink.generic.wireguard import (
 )
 
 from meshwire.api.fields import Network
+from meshwire.encryption.health import Reading
 from meshwire.encryption.model import DeviceState, Endpoint, PeerState, single_network
 from meshwire.encryption.plan import ConfigureDevice, PeerChange
 
@@ -38,6 +40,15 @@ _NETWORKS: Final = _MESSAGE_BYTES // _NETWORK_BYTES - 8
 _ADDRESS, _MASK = 2, 3
 _TYPE: Final = 0x3FFF
 _ATTRIBUTE: Final = struct.Struct("=HH")
+_IFNAME, _PEERS = 2, 8
+_PUBLIC_KEY, _ENDPOINT, _HANDSHAKE, _RX_BYTES = 1, 4, 6, 7
+_TIMESPEC: Final = struct.Struct("=qq")
+_GENL: Final = struct.Struct("=BBH")
+
+# linux/netlink.h
+_NETLINK_GENERIC: Final = 16
+_NLMSG: Final = struct.Struct("=IHHII")
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 
 Attributes = list[list[Any]]
 
@@ -72,6 +83,9 @@ class WireGuard(Protocol):
 
     def observe(self, name: str) -> DeviceState: ...
 
+    def read(self, name: str) -> dict[str, Reading]:
+        """What peers are judged by, by public key: less than `observe` reads, and much faster."""
+
     def configure(self, change: ConfigureDevice) -> None: ...
 
 
@@ -89,6 +103,9 @@ class KernelWireGuard:
         message["attrs"] = [["WGDEVICE_A_IFNAME", name]]
         return parse_device(name, self._request(message, NLM_F_REQUEST | NLM_F_DUMP))
 
+    def read(self, name: str) -> dict[str, Reading]:
+        return parse_readings(_dump(self._open().prid, name))
+
     def configure(self, change: ConfigureDevice) -> None:
         for attributes in format_change(change):
             message = wgmsg()
@@ -98,10 +115,85 @@ class KernelWireGuard:
             self._request(message, NLM_F_REQUEST | NLM_F_ACK)
 
     def _request(self, message: wgmsg, flags: int) -> list[Any]:
+        opened = self._open()
+        return list(opened.nlm_request(message, msg_type=opened.prid, msg_flags=flags))
+
+    def _open(self) -> Any:
         if self._socket is None:
             self._socket = GenericNetlinkSocket()
             self._socket.bind(WG_GENL_NAME, Reply)
-        return list(self._socket.nlm_request(message, msg_type=self._socket.prid, msg_flags=flags))
+        return self._socket
+
+
+def _dump(family: int, name: str) -> Iterator[bytes]:
+    """The attributes of each message of a device's dump. By hand, as routes are read: pyroute2 takes a tenth
+    of a second for a thousand peers, and this is asked for every few seconds. Raises OSError."""
+    text = name.encode() + b"\0"
+    body = _GENL.pack(WG_CMD_GET_DEVICE, WG_GENL_VERSION, 0)
+    body += _ATTRIBUTE.pack(4 + len(text), _IFNAME) + text + bytes(-len(text) % 4)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_GENERIC) as sock:
+        sock.send(_NLMSG.pack(_NLMSG.size + len(body), family, NLM_F_REQUEST | NLM_F_DUMP, 1, 0) + body)
+        while True:
+            data, at = sock.recv(1 << 17), 0
+            while at < len(data):
+                length, kind, _, _, _ = _NLMSG.unpack_from(data, at)
+                content = data[at + _NLMSG.size : at + length]
+                # The end of a dump carries its error.
+                if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                    if error := -int.from_bytes(content[:4], sys.byteorder, signed=True):
+                        raise OSError(error, f"reading {name}: {os.strerror(error)}")
+                    return
+                yield content[_GENL.size :]
+                at += length + 3 & ~3
+
+
+def parse_readings(messages: Iterable[bytes]) -> dict[str, Reading]:
+    """From WGDEVICE_A_* attributes. A peer that is continued in the next message has its numbers in the
+    first part alone."""
+    found: dict[str, Reading] = {}
+    for message in messages:
+        for kind, peers in _attributes(message, 0, len(message)):
+            if kind != _PEERS:
+                continue
+            for _, peer in _attributes(message, *peers):
+                fields = dict(_attributes(message, *peer))
+                start, end = fields[_PUBLIC_KEY]
+                key = b64encode(message[start:end]).decode()
+                if key not in found:
+                    found[key] = _reading(message, fields)
+    return found
+
+
+def _attributes(data: bytes, at: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Kind, and where the value begins and ends."""
+    while at + _ATTRIBUTE.size <= end:
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        yield kind & _TYPE, (at + _ATTRIBUTE.size, at + length)
+        at += max(_ATTRIBUTE.size, length + 3 & ~3)
+
+
+def _reading(data: bytes, fields: dict[int, tuple[int, int]]) -> Reading:
+    received, handshake, endpoint = 0, 0.0, None
+    if _RX_BYTES in fields:
+        received = int.from_bytes(data[slice(*fields[_RX_BYTES])], sys.byteorder)
+    if _HANDSHAKE in fields:
+        seconds, nanoseconds = _TIMESPEC.unpack_from(data, fields[_HANDSHAKE][0])
+        handshake = seconds + nanoseconds / 1e9
+    if _ENDPOINT in fields:
+        endpoint = _endpoint(data[slice(*fields[_ENDPOINT])])
+    return Reading(received, handshake, endpoint)
+
+
+def _endpoint(raw: bytes) -> Endpoint | None:
+    """Of a struct sockaddr_in or sockaddr_in6."""
+    port = int.from_bytes(raw[2:4])
+    match int.from_bytes(raw[:2], sys.byteorder):
+        case socket.AF_INET:
+            return Endpoint(IPv4Address(raw[4:8]), port)
+        case socket.AF_INET6:
+            return Endpoint(IPv6Address(raw[8:24]), port)
+        case _:
+            return None
 
 
 def parse_device(name: str, messages: Iterable[Any]) -> DeviceState:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from meshwire.api import conditions, fields, names
 from meshwire.api.conditions import Condition
 from meshwire.api.fields import Address, Network
+
+MAX_UNREACHABLE: Final = 20
+"""Nodes that a status names; `unreachable_count` has them all."""
 
 
 class Phase(StrEnum):
@@ -72,6 +75,19 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unreachable:
+    """A live node from which nothing comes. `since` is RFC 3339: when it was last heard of; `reason` is
+    CamelCase."""
+
+    node: str
+    since: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        return {"node": self.node, "since": self.since, "reason": self.reason}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """`unreached`: numbers of the nodes that it sends to by the retiring epoch, if at all."""
 
@@ -87,6 +103,9 @@ class Status:
     leaked: int = 0
     dropped: int = 0
     agent_version: str = ""
+    unreachable: tuple[Unreachable, ...] = ()
+    """At most MAX_UNREACHABLE, of `unreachable_count`."""
+    unreachable_count: int = 0
     conditions: tuple[Condition, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +123,8 @@ class Status:
             "leaked": self.leaked,
             "dropped": self.dropped,
             "agentVersion": self.agent_version,
+            "unreachable": [each.to_dict() for each in self.unreachable],
+            "unreachableCount": self.unreachable_count,
             "conditions": conditions.to_list(self.conditions),
         }
 
@@ -186,6 +207,16 @@ def _number(item: Any, path: str) -> int:
     return fields.integer({"item": item}, "item", path, default=0, low=1, high=names.MAX_NODE_ID)
 
 
+def _unreachable(item: Any, path: str) -> Unreachable:
+    if not isinstance(item, Mapping):
+        raise fields.InvalidSpec(path, "must be an object")
+    return Unreachable(
+        node=fields.text(item, "node", path),
+        since=fields.text(item, "since", path),
+        reason=fields.text(item, "reason", path),
+    )
+
+
 def _status(source: Mapping[str, Any]) -> Status:
     sealing_key = source.get("sealingKey")
     return Status(
@@ -201,5 +232,7 @@ def _status(source: Mapping[str, Any]) -> Status:
         leaked=fields.integer(source, "leaked", "status", default=0),
         dropped=fields.integer(source, "dropped", "status", default=0),
         agent_version=fields.text(source, "agentVersion", "status"),
+        unreachable=fields.listed(source, "unreachable", "status", _unreachable),
+        unreachable_count=fields.integer(source, "unreachableCount", "status", default=0),
         conditions=conditions.parse(source),
     )

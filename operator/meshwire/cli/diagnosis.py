@@ -320,7 +320,16 @@ def _diagnose_node(node: MeshNode, snapshot: Snapshot) -> Iterator[Finding]:
             why="somebody on the wire could read them",
             todo=f"the agent's metrics tell directions and reasons apart; {_agent_log(node)}",
         )
-    if status.active_epoch and status.handshakes < status.peers:
+    if status.unreachable_count:
+        named = ", ".join(f"{each.node} since {each.since}" for each in status.unreachable[:5])
+        yield failure(
+            check,
+            f"It hears nothing from {status.unreachable_count} live nodes: {named}",
+            why="pods of such a pair can't reach each other; the agents renew the peer again and again",
+            todo=f"let UDP {encryption.port} and {encryption.port + 1} pass between them, both ways;"
+            " meshwire status --matrix shows all pairs",
+        )
+    elif status.active_epoch and status.handshakes < status.peers:
         yield warning(
             check,
             f"{status.peers - status.handshakes} of {status.peers} peers had no handshake for 3 minutes",

@@ -14,7 +14,7 @@ from meshwire.api.fields import InvalidSpec
 from meshwire.api.meshconfig import MeshConfig
 from meshwire.api.meshnode import MeshNode
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.cli import cluster
+from meshwire.cli import cluster, matrix
 from meshwire.cli.cluster import API, ClusterUnavailable
 from meshwire.cli.diagnosis import Snapshot, age, as_json, diagnose, is_ready, key_age
 from meshwire.cli.findings import make_console, print_findings
@@ -69,9 +69,16 @@ def _read_alive(reader: cluster.Reader) -> dict[str, bool] | None:
 @click.option(
     "--timeout", type=click.FloatRange(min=0), default=120, show_default=True, help="Seconds of --wait."
 )
+@click.option("--matrix", "with_matrix", is_flag=True, help="Show which node hears which, node by node.")
 @cluster.options
 def status(
-    output: str, watch: bool, wait: bool, timeout: float, kubeconfig: str | None, context: str | None
+    output: str,
+    watch: bool,
+    wait: bool,
+    timeout: float,
+    with_matrix: bool,
+    kubeconfig: str | None,
+    context: str | None,
 ) -> None:
     """Show whether traffic between nodes is encrypted, node by node, and explain what is wrong.
 
@@ -83,15 +90,18 @@ def status(
     try:
         reader = cluster.Reader(cluster.Choice(kubeconfig, context))
         if watch:
-            _watch(reader)
+            _watch(reader, with_matrix=with_matrix)
         snapshot = _wait(reader, timeout) if wait else read_snapshot(reader)
     except ClusterUnavailable as error:
         click.echo(f"meshwire: {error}", err=True)
         raise SystemExit(2) from None
     if output == "json":
-        click.echo(json.dumps(as_json(snapshot, datetime.now(UTC)), indent=2))
+        shown = as_json(snapshot, datetime.now(UTC))
+        if with_matrix:
+            shown["matrix"] = matrix.as_json(matrix.make_matrix(snapshot))
+        click.echo(json.dumps(shown, indent=2))
     else:
-        print_status(make_console(), snapshot)
+        _print(make_console(), snapshot, with_matrix=with_matrix)
     raise SystemExit(0 if is_ready(snapshot) else 1)
 
 
@@ -103,13 +113,21 @@ def _wait(reader: cluster.Reader, timeout: float) -> Snapshot:
     return snapshot
 
 
-def _watch(reader: cluster.Reader) -> None:
+def _print(console: Console, snapshot: Snapshot, *, with_matrix: bool) -> None:
+    """The matrix takes the place of the rest: of many nodes it fills the screen."""
+    if with_matrix:
+        matrix.print_matrix(console, matrix.make_matrix(snapshot))
+    else:
+        print_status(console, snapshot)
+
+
+def _watch(reader: cluster.Reader, *, with_matrix: bool) -> None:
     """Ends with the user's interrupt, or ClusterUnavailable."""
     console = make_console()
     while True:
         snapshot = read_snapshot(reader)
         console.clear()
-        print_status(console, snapshot)
+        _print(console, snapshot, with_matrix=with_matrix)
         time.sleep(REFRESH_SECONDS)
 
 

@@ -290,13 +290,15 @@ class Exercise:
         if services:
             addresses = list(self.services())
             talks = [(node, [*targets, *addresses]) for node, targets in talks]
-        talks = [(node, [*targets, *(more or {}).get(node, ())]) for node, targets in talks]
+        by_node: dict[str, Sequence[str]] = dict(talks)
+        for node, others in (more or {}).items():
+            by_node[node] = [*by_node.get(node, ()), *others]
         flows = Flows()
         rates = [f"--udp-rate={udp_rate}", f"--tcp-rate={tcp_rate}", f"--size={size}"]
         with contextlib.ExitStack() as stack:
             running = []
-            for node, targets in talks:
-                command = ("python", "-m", "meshwire.lab.traffic", "flows", *rates, *targets)
+            for node, reached in by_node.items():
+                command = ("python", "-m", "meshwire.lab.traffic", "flows", *rates, *reached)
                 process = self.lab.popen(self.probe(node).name, *command)
                 stack.callback(_end, process)
                 running.append((node, process))

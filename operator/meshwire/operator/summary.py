@@ -14,6 +14,7 @@ from meshwire.api.meshpolicyreport import MAP_FULL, MapPressure
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.operator.claims import Conflict
 from meshwire.operator.objects import Node
+from meshwire.operator.pairs import judge_pairs
 from meshwire.operator.phases import Order, has_moved, unreached
 from meshwire.operator.rotation import Rotated
 
@@ -169,6 +170,16 @@ def summarize(view: View) -> MeshStatus:
             status=state[0],
             reason=state[1],
             message=state[2],
+            observed_generation=1,
+            now=view.now,
+        )
+    if pairs := judge_pairs(answers, live, phase, view.previous):
+        result = conditions.set_condition(
+            result,
+            type=conditions.PAIRS_HEALTHY,
+            status=pairs[0],
+            reason=pairs[1],
+            message=pairs[2],
             observed_generation=1,
             now=view.now,
         )
