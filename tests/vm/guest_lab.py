@@ -13,6 +13,7 @@ import pytest
 from tests.lab.test_policy import Town
 from tests.policy_cases import CASES, TOWN, differences
 
+from meshwire.api.names import device_name
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise
 from meshwire.lab.lab import Lab
@@ -103,6 +104,20 @@ def test_a_deleted_device_comes_back_and_nothing_leaks_meanwhile(exercise: Exerc
     streams = [flow for flow in flows.ended if flow.kind == "tcp"]
     assert streams and all(flow.is_clean for flow in streams), flows.broken
     exercise.wait_for_phase("Enforcing")
+
+
+def test_keys_change_and_nothing_is_lost_or_in_clear(exercise: Exercise, tmp_path: Path) -> None:
+    """The WireGuard of the kernel: a device of each epoch, and one of them gone at the end."""
+    before = exercise.mesh_status()["epoch"]
+    exercise.set_encryption(True, keyRotation={"interval": "0s", "overlap": "5s"})
+    with exercise.flows(udp_rate=20, tcp_rate=5_000) as flows, nothing_in_clear(tmp_path):
+        exercise.rotate()
+        _say("rotated")
+    print(f"{flows.packets} packets, {flows.lost} lost")
+    assert flows.packets > 200 and flows.lost == 0 and not flows.broken
+    assert exercise.mesh_status()["epoch"] == before + 1
+    for node in exercise.lab.nodes:
+        assert devices(exercise, node) == [device_name(before + 1)]
 
 
 def test_policies_hold_for_tcp_udp_sctp_and_icmp(exercise: Exercise) -> None:
