@@ -419,9 +419,10 @@ async def test_an_epoch_secret_comes_with_its_key_and_shows_nowhere(
     async with running(tmp_path) as restarted:
         restarted.client.down = True
         restarted.say(members={"a": own(phase=Phase.ENFORCING, keys=(key,))})
-        await restarted.until(
-            lambda: [a for a in restarted.kernel.applied if isinstance(a, plans.CreateDevice)]
-        )
+        await restarted.until(lambda: restarted.agent.health.desired)
+        assert restarted.agent.health.desired
+        [device] = restarted.agent.health.desired.devices
+        assert device.key.epoch_secret == SecretKey(raw)
         assert restarted.client.reads == 0
 
 
@@ -449,7 +450,7 @@ async def test_a_key_is_refused_without_the_epoch_secret_that_goes_with_it(
         assert bench.client.condition["reason"] == "KeyRefused"
         assert message in bench.client.condition["message"]
         assert not keys.read_held(bench.settings.held_keys_file)
-        assert not [each for each in bench.kernel.applied if isinstance(each, plans.CreateDevice)]
+        assert bench.agent.health.desired and not bench.agent.health.desired.devices
 
 
 async def test_a_held_key_that_is_to_go_with_another_secret_is_not_used(tmp_path: Path) -> None:
