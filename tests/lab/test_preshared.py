@@ -28,7 +28,11 @@ import socket, sys
 connection = socket.socket(socket.AF_UNIX)
 connection.connect(f"/var/run/wireguard/{sys.argv[1]}.sock")
 connection.sendall(b"get=1\\n\\n")
-print("".join(line for line in connection.makefile() if line.startswith(("public_key", "preshared_key"))))
+for line in connection.makefile():
+    if line.startswith("errno"):
+        break
+    if line.startswith(("public_key", "preshared_key")):
+        print(line, end="")
 """
 """What WireGuard itself has, whatever the agent believes."""
 

@@ -650,3 +650,69 @@ class OperatorMachine(RuleBasedStateMachine):
 
 TestOperatorMachine = OperatorMachine.TestCase
 TestOperatorMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def enforcing() -> OperatorMachine:
+    """Three nodes that encrypt with epoch 1."""
+    machine = OperatorMachine()
+    machine.begin(8, True)
+    machine.left_in_peace_all_comes_right()
+    return machine
+
+
+def epoch_of(machine: OperatorMachine) -> int:
+    [epoch] = {node.spec.epoch for node in machine.server.now("mesh_nodes").values()}
+    return int(epoch)
+
+
+def test_a_lost_epoch_secret_is_followed_by_another_epoch_and_never_by_another_secret() -> None:
+    machine = enforcing()
+    [before] = machine.digests(1)
+    machine.delete_epoch_secrets_by_hand()
+    machine.add_node("d", 0)
+    machine.relist()
+    machine.everything_is_seen_and_written()
+    machine.agents_work(set(NODES), True, True)
+    machine.everything_is_seen_and_written()
+    assert machine.digests(1) == {before}, "who joins waits"
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 2 and len(machine.server.now("secrets")) == 4
+    [after] = machine.digests(2)
+    assert after not in ("", before)
+
+
+def test_preshared_keys_come_and_go_with_the_next_keys() -> None:
+    machine = enforcing()
+    [with_secret] = machine.digests(1)
+    assert with_secret
+    machine.change_preshared_keys(False)
+    machine.reinstall_host("a")
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 1 and machine.digests(1) == {with_secret}, "the setting is the next epoch's"
+    machine.ask_for_new_keys()
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 2 and machine.digests(2) == {""}
+    assert not machine.server.now("epoch_secrets")
+    machine.change_preshared_keys(True)
+    machine.left_in_peace_all_comes_right()
+    assert machine.digests(2) == {""}
+    machine.ask_for_new_keys()
+    machine.left_in_peace_all_comes_right()
+    assert machine.digests(3) == {each.digest for each in machine.server.now("epoch_secrets").values()}
+    machine.configure(False)
+    machine.left_in_peace_all_comes_right()
+    assert not machine.server.now("epoch_secrets")
+
+
+def test_a_node_whose_secret_was_tampered_with_gets_a_new_key() -> None:
+    machine = enforcing()
+    before = machine.server.now("secrets")["a"]
+    [key] = before.keys
+    machine.server.write("secrets", replace(before, keys=(replace(key, secret_digest=""),)))
+    for _ in range(6):
+        # What the API server refuses, for a key's digest is settled, is not even tried for long.
+        machine.everything_is_seen_and_written()
+    [after] = machine.server.now("secrets")["a"].keys
+    assert after.secret_digest == key.secret_digest and after.public_key != key.public_key
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 1
