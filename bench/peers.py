@@ -29,12 +29,15 @@ from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
 from meshwire.api.meshconfig import Encryption, MeshConfig
 from meshwire.api.meshnode import Key, Phase, Spec
+from meshwire.api.preshared import digest
 from meshwire.encryption.desired import Inputs, desired
 from meshwire.encryption.keys import public_key
 from meshwire.encryption.model import ClusterNode, HeldKey, Member, SecretKey
 from meshwire.encryption.plan import LoadDatapath, Plan, plan
 
 T = TypeVar("T")
+
+EPOCH_SECRET: Final = SecretKey(sha256(b"epoch").digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +70,20 @@ def make_world(peers: int) -> tuple[World, HeldKey]:
             id=number + 1,
             addresses=addresses,
             pod_cidrs=cidrs,
-            keys=(Key(epoch=1, public_key=b64encode(crypto_scalarmult_base(raw)).decode()),),
+            keys=(
+                Key(
+                    epoch=1,
+                    public_key=b64encode(crypto_scalarmult_base(raw)).decode(),
+                    secret_digest=digest(EPOCH_SECRET.reveal(), 1),
+                ),
+            ),
             phase=Phase.ENFORCING,
             epoch=1,
         )
         members[name] = Member(name=name, created="2026-01-01T00:00:00Z", generation=1, spec=spec)
         nodes[name] = ClusterNode(name=name, ready=True, addresses=addresses, pod_cidrs=cidrs)
     world = World(members=members, nodes=nodes, config=MeshConfig(encryption=Encryption(enabled=True)))
-    return world, HeldKey(1, public_key(secret), secret)
+    return world, HeldKey(1, public_key(secret), secret, EPOCH_SECRET)
 
 
 def change_one(world: World) -> World:
