@@ -99,6 +99,10 @@ def quick(exercise: Exercise) -> Iterator[Exercise]:
     """Encryption is in force, and keys change on demand."""
     exercise.set_encryption(True, keyRotation=QUICK)
     yield exercise
+    # Where a test was cut short, they may be away.
+    exercise.lab.start_operator()
+    for node in exercise.lab.nodes:
+        exercise.lab.start_agent(node)
     exercise.set_encryption(True)
 
 
@@ -153,7 +157,7 @@ def test_without_its_secret_a_node_has_no_tunnel_and_sends_nothing_in_clear(
         lab.stop_agent(node)
         patch = json.dumps({"data": {field: value}})
         lab.kubectl("patch", "secret", secret_name(node), "-n", NAMESPACE, "--type=merge", "-p", patch)
-        (lab.paths.lib(node) / "keys.json").unlink()
+        (lab.paths.lib(node) / "keys.json").unlink(missing_ok=True)
         with Capture(tmp_path / "wire.pcap") as capture:
             sender = lab.popen(quick.probe(node).name, "python", "-c", SEND, *map(str, targets))
             lab.start_agent(node)
