@@ -7,7 +7,7 @@ import json
 import sys
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from meshwire.api.names import NAMESPACE, OPERATOR_NAMESPACE, device_name, secre
 from meshwire.kube.client import Object
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise
+from meshwire.lab.model import LabError
 
 RATE = 300
 """UDP packets per second of each flow: this is about keys."""
@@ -100,9 +101,9 @@ def quick(exercise: Exercise) -> Iterator[Exercise]:
     exercise.set_encryption(True, keyRotation=QUICK)
     yield exercise
     # Where a test was cut short, they may be away.
-    exercise.lab.start_operator()
-    for node in exercise.lab.nodes:
-        exercise.lab.start_agent(node)
+    for start in (exercise.lab.start_operator, partial(exercise.lab.start_agent, "node3")):
+        with suppress(LabError):
+            start()
     exercise.set_encryption(True)
 
 
