@@ -19,7 +19,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from statistics import median
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from nacl.bindings import crypto_scalarmult_base
 
@@ -31,6 +31,7 @@ from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
 from meshwire.api.meshconfig import Encryption, MeshConfig
 from meshwire.api.meshnode import Key, Phase, Spec
+from meshwire.api.preshared import digest
 from meshwire.encryption.desired import Inputs, desired
 from meshwire.encryption.health import find_pairs, find_source
 from meshwire.encryption.keys import public_key
@@ -39,6 +40,8 @@ from meshwire.encryption.plan import LoadDatapath, Plan, plan
 from meshwire.encryption.question import question
 
 T = TypeVar("T")
+
+EPOCH_SECRET: Final = SecretKey(sha256(b"epoch").digest())
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +74,20 @@ def make_world(peers: int) -> tuple[World, HeldKey]:
             id=number + 1,
             addresses=addresses,
             pod_cidrs=cidrs,
-            keys=(Key(epoch=1, public_key=b64encode(crypto_scalarmult_base(raw)).decode()),),
+            keys=(
+                Key(
+                    epoch=1,
+                    public_key=b64encode(crypto_scalarmult_base(raw)).decode(),
+                    secret_digest=digest(EPOCH_SECRET.reveal(), 1),
+                ),
+            ),
             phase=Phase.ENFORCING,
             epoch=1,
         )
         members[name] = Member(name=name, created="2026-01-01T00:00:00Z", generation=1, spec=spec)
         nodes[name] = ClusterNode(name=name, ready=True, addresses=addresses, pod_cidrs=cidrs)
     world = World(members=members, nodes=nodes, config=MeshConfig(encryption=Encryption(enabled=True)))
-    return world, HeldKey(1, public_key(secret), secret)
+    return world, HeldKey(1, public_key(secret), secret, EPOCH_SECRET)
 
 
 def change_one(world: World) -> World:

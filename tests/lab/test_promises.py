@@ -8,11 +8,13 @@ import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from meshwire.api.names import API_VERSION, device_name
+from meshwire.api import preshared
+from meshwire.api.names import API_VERSION, device_name, epoch_secret_name
 from meshwire.kube.client import ApiError, Client, Cluster
 from meshwire.lab.capture import Capture, Report
 from meshwire.lab.exercise import PROBE, Exercise
@@ -394,6 +396,7 @@ def test_off_leaves_nothing(plain: Exercise) -> None:
     plain.wait_until(
         lambda: (
             "meshwire-key-" not in plain.lab.kubectl("get", "secrets", "-n", "meshwire-system", "-o", "name")
+            and not plain.lab.kubectl("get", "secrets", "-n", "meshwire-operator", "-o", "name")
         ),
         "the key Secrets are gone",
     )
@@ -406,6 +409,7 @@ async def test_an_agents_account_can_do_no_more_than_it_needs(encrypted: Exercis
     account = Cluster(server=server, ca_file=credentials / "ca.crt", token_file=credentials / "token")
     ours, secrets = f"/apis/{API_VERSION}", "/api/v1/namespaces/meshwire-system/secrets"
     leaked = {"status": {"leaked": 0}}
+    epoch = encrypted.mesh_status()["epoch"]
     async with Client(account) as client:
         await client.patch(f"{ours}/meshnodes/node1/status", leaked)
         await client.get(f"{secrets}/meshwire-key-node1")
@@ -422,6 +426,8 @@ async def test_an_agents_account_can_do_no_more_than_it_needs(encrypted: Exercis
             client.get("/api/v1/secrets"),
             client.get(secrets),
             client.get("/api/v1/namespaces/kube-system/secrets"),
+            client.get("/api/v1/namespaces/meshwire-operator/secrets"),
+            client.get(f"/api/v1/namespaces/meshwire-operator/secrets/{epoch_secret_name(epoch)}"),
             client.delete(f"{secrets}/meshwire-key-node2"),
             client.patch("/api/v1/nodes/node1", {"metadata": {"labels": {"a": "b"}}}),
         ):
@@ -439,8 +445,18 @@ def test_private_keys_are_nowhere_to_be_read(encrypted: Exercise, tmp_path: Path
         for path in directory.iterdir():
             assert path.stat().st_mode & 0o077 == 0 or not _secrets_in(path), path
             keys += _secrets_in(path)
-    # A sealing key and a WireGuard key per node.
-    assert len(keys) >= 2 * len(lab.nodes)
+    # A sealing key, a WireGuard key and the epoch secret per node.
+    assert len(keys) >= 3 * len(lab.nodes)
+    epoch = encrypted.mesh_status()["epoch"]
+    held = [json.loads((lab.paths.lib(node) / "keys.json").read_text())[str(epoch)] for node in lab.nodes]
+    [secret] = {b64decode(each["epochSecret"]) for each in held}
+    public = [
+        key["publicKey"]
+        for node in lab.nodes
+        for key in encrypted.mesh_node(node)["spec"]["keys"]
+        if key["epoch"] == epoch
+    ]
+    keys += [preshared.pair_key(secret, epoch, *pair) for pair in combinations(public, 2)]
 
     haystacks: dict[str, bytes] = {f"log {name}": lab.log(name).read_bytes() for name in lab.logs()}
     for kind in (
@@ -453,7 +469,9 @@ def test_private_keys_are_nowhere_to_be_read(encrypted: Exercise, tmp_path: Path
         "nodes",
         "pods",
     ):
-        text = lab.kubectl("get", kind, "-A", "-o", "yaml").encode()
+        # The epoch secret is where the operator keeps it.
+        elsewhere = ["--field-selector=metadata.namespace!=meshwire-operator"] if kind == "secrets" else []
+        text = lab.kubectl("get", kind, "-A", "-o", "yaml", *elsewhere).encode()
         haystacks[kind] = text
         haystacks[f"{kind} decoded"] = b"\n".join(
             b64decode(word) for word in re.findall(rb"[A-Za-z0-9+/]{40,}={0,2}", text) if len(word) % 4 == 0
@@ -488,7 +506,7 @@ def _secrets_in(path: Path) -> list[bytes]:
     if path.name == "sealing.key":
         return [b64decode(path.read_bytes())]
     if path.name == "keys.json":
-        return [b64decode(text) for text in json.loads(path.read_text()).values()]
+        return [b64decode(text) for item in json.loads(path.read_text()).values() for text in item.values()]
     return []
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwire.api.names import NAMESPACE, device_name, secret_name
+from meshwire.api.names import NAMESPACE, OPERATOR_NAMESPACE, device_name, secret_name
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise, Flows
 
@@ -73,14 +73,19 @@ def assert_nothing_is_left(exercise: Exercise) -> None:
     """Of any epoch but the present one: no device, key, peer."""
     epoch = exercise.mesh_status()["epoch"]
     device, other = device_name(epoch), device_name(epoch + 1)
+    kept = exercise.lab.kubectl("get", "secrets", "-n", OPERATOR_NAMESPACE, "-o", "name").split()
+    assert kept == [f"secret/meshwire-epoch-{epoch}"]
     for node in exercise.lab.nodes:
         spec = exercise.mesh_node(node)["spec"]
         assert spec["encryption"] == {"phase": "Enforcing", "epoch": epoch}
         assert [key["epoch"] for key in spec["keys"]] == [epoch]
         secret = exercise.lab.get("secret", secret_name(node), "-n", NAMESPACE)
-        assert list(secret["data"]) == [f"epoch-{epoch}"]
-        of_epochs = [name for name in secret["metadata"]["annotations"] if "public-key-epoch" in name]
-        assert of_epochs == [f"meshwire.dev/public-key-epoch-{epoch}"]
+        assert sorted(secret["data"]) == [f"epoch-{epoch}", f"epoch-{epoch}-secret"]
+        of_epochs = sorted(name for name in secret["metadata"]["annotations"] if "epoch" in name)
+        assert of_epochs == [
+            f"meshwire.dev/epoch-secret-digest-{epoch}",
+            f"meshwire.dev/public-key-epoch-{epoch}",
+        ]
         links = exercise.lab.on_node(node, "ls", "/sys/class/net").stdout.split()
         assert device in links and other not in links
         held = json.loads((exercise.lab.paths.lib(node) / "keys.json").read_text())

@@ -26,6 +26,7 @@ from meshwire.agent.kernel import Kernel
 from meshwire.agent.loop import Agent
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
+from meshwire.api import preshared
 from meshwire.api.meshconfig import Encryption, MeshConfig, Mode, NetworkSettings, Userspace
 from meshwire.api.meshnode import Key, MeshNode, Phase, Spec
 from meshwire.encryption import keys
@@ -37,8 +38,12 @@ def secret(name: str) -> SecretKey:
     return SecretKey(sha256(name.encode()).digest())
 
 
+EPOCH_SECRET = secret("epoch")
+
+
 def member(name: str, number: int, octet: int, *, has_key: bool, phase: Phase) -> Member:
-    key = Key(epoch=1, public_key=keys.public_key(secret(name)))
+    digest = preshared.digest(EPOCH_SECRET.reveal(), 1)
+    key = Key(epoch=1, public_key=keys.public_key(secret(name)), secret_digest=digest)
     return Member(
         name=name,
         uid=name,
@@ -102,7 +107,8 @@ class Node:
         self.api = Api()
         self._running = AsyncExitStack()
         own = secret(name)
-        keys.write_held(self.settings.held_keys_file, {1: HeldKey(1, keys.public_key(own), own)})
+        held = HeldKey(1, keys.public_key(own), own, EPOCH_SECRET)
+        keys.write_held(self.settings.held_keys_file, {1: held})
 
     async def start(self) -> None:
         self.kernel = RecordingKernel(self.settings)
@@ -181,6 +187,7 @@ class Node:
                         "allowed": sorted(map(str, peer.networks)),
                         "keepalive": peer.keepalive,
                         "handshake": peer.handshake,
+                        "preshared": peer.preshared_key.reveal().hex() if peer.preshared_key else "",
                     }
                     for peer in state.peers.values()
                 }

@@ -3,6 +3,7 @@ packets."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -14,10 +15,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from meshwire.api import preshared
 
 pytestmark = [
     pytest.mark.netns,
@@ -436,15 +440,45 @@ def test_the_supervisor_makes_nothing_but_our_devices(alone: Node) -> None:
     assert "eth9" not in alone.run("ip link")
 
 
-def test_no_key_is_in_what_the_node_wrote(pair: tuple[Node, Node]) -> None:
-    from hashlib import sha256
+SET_PRESHARED_KEY = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(f"/var/run/wireguard/{sys.argv[1]}.sock")
+connection.sendall(f"set=1\\npublic_key={sys.argv[2]}\\npreshared_key={sys.argv[3]}\\n\\n".encode())
+assert connection.recv(99) == b"errno=0\\n\\n"
+"""
 
+
+@pytest.mark.parametrize("other", ["00" * 32, "ab" * 32])
+def test_both_ends_have_the_preshared_key_of_the_pair_and_get_it_back(
+    pair: tuple[Node, Node], other: str
+) -> None:
     enforce(pair)
-    raw = sha256(b"a").digest()
-    for file in pair[0].directory.iterdir():
-        if file.is_file() and file.name != "keys.json":
-            content = file.read_bytes()
-            assert raw.hex().encode() not in content and raw not in content, file.name
+    one, two = pair
+    expected = preshared.pair_key(sha256(b"epoch").digest(), 1, one.key, two.key).hex()
+
+    def present(node: Node) -> list[str]:
+        return [peer["preshared"] for peer in node.ask("see")["devices"][DEVICE].values()]
+
+    assert present(one) == present(two) == [expected]
+    one.ask("stop")
+    public = base64.b64decode(two.key).hex()
+    done = subprocess.run([*one.enter(), sys.executable, "-c", SET_PRESHARED_KEY, DEVICE, public, other])
+    assert done.returncode == 0
+    one.ask("start", True)
+    until(lambda: present(one) == [expected])
+    [change] = [each for each in one.ask("tell")["applied"] if each.startswith("ConfigureDevice")]
+    assert "set the preshared key" in change and "+" not in change and expected not in change
+
+
+def test_no_key_is_in_what_the_node_wrote(pair: tuple[Node, Node]) -> None:
+    enforce(pair)
+    [peer] = pair[0].ask("see")["devices"][DEVICE].values()
+    for raw in (sha256(b"a").digest(), sha256(b"epoch").digest(), bytes.fromhex(peer["preshared"])):
+        for file in pair[0].directory.iterdir():
+            if file.is_file() and file.name != "keys.json":
+                content = file.read_bytes()
+                assert raw.hex().encode() not in content and raw not in content, file.name
     assert oct((pair[0].directory / "keys.json").stat().st_mode)[-3:] == "600"
 
 

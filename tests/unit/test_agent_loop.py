@@ -23,6 +23,7 @@ from meshwire.agent.loop import Agent
 from meshwire.agent.pairs import News
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
+from meshwire.api import preshared
 from meshwire.api.meshconfig import Encryption, MeshConfig, NetworkSettings, Userspace
 from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status, Unreachable
 from meshwire.bpf import loader
@@ -32,7 +33,7 @@ from meshwire.encryption import keys
 from meshwire.encryption import plan as plans
 from meshwire.encryption.health import Pace, Reading
 from meshwire.encryption.model import ClusterNode, Link, Member, Observed, SecretKey
-from meshwire.operator.keys import issue
+from meshwire.operator.keys import issue, seal_epoch_secret
 
 SEALING = SecretKey(bytes(range(32)))
 
@@ -394,6 +395,82 @@ async def test_a_refused_key_is_told(tmp_path: Path) -> None:
         await bench.until(lambda: bench.client.patches)
         assert bench.client.condition["reason"] == "KeyRefused"
         assert "not the one the operator published" in bench.client.condition["message"]
+
+
+def with_epoch_secret(
+    epoch: int, secret: bytes = bytes(32), *, node: str = "a"
+) -> tuple[Key, dict[str, Any]]:
+    """The epoch secret is sealed to `node`."""
+    key, issued = secret_of(epoch)
+    sealed = seal_epoch_secret(secret, node=node, epoch=epoch, sealing_key=keys.public_key(SEALING))
+    issued["data"][f"epoch-{epoch}-secret"] = base64.b64encode(sealed).decode()
+    return replace(key, secret_digest=preshared.digest(secret, epoch)), issued
+
+
+async def test_an_epoch_secret_comes_with_its_key_and_shows_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    raw = bytes(range(50, 82))
+    key, secret = with_epoch_secret(1, raw)
+    async with running(tmp_path) as bench:
+        bench.client.secrets[SECRET_PATH] = secret
+        bench.say(members={"a": own(keys=(key,))})
+        await bench.until(lambda: bench.client.patches)
+        await bench.settle()
+        assert bench.client.reads == 1
+        [held] = keys.read_held(bench.settings.held_keys_file).values()
+        assert held.epoch_secret == SecretKey(raw)
+        assert bench.settings.held_keys_file.stat().st_mode & 0o777 == 0o600
+        for place in (caplog.text, json.dumps(bench.client.patches), json.dumps(bench.client.events)):
+            assert raw.hex() not in place and base64.b64encode(raw).decode() not in place
+    async with running(tmp_path) as restarted:
+        restarted.client.down = True
+        restarted.say(members={"a": own(phase=Phase.ENFORCING, keys=(key,))})
+        await restarted.until(lambda: restarted.agent.health.desired)
+        assert restarted.agent.health.desired
+        [device] = restarted.agent.health.desired.devices
+        assert device.key.epoch_secret == SecretKey(raw)
+        assert restarted.client.reads == 0
+
+
+@pytest.mark.parametrize(
+    ("tamper", "message"),
+    [
+        (lambda data, other: data.pop("epoch-1-secret"), "has no epoch secret of epoch 1"),
+        (lambda data, other: data.update({"epoch-1-secret": data["epoch-1"]}), "another node or epoch"),
+        (lambda data, other: data.update({"epoch-1-secret": other}), "not the one the operator published"),
+        (lambda data, other: data.update({"epoch-1-secret": "AAAA"}), "not sealed to this node"),
+    ],
+)
+async def test_a_key_is_refused_without_the_epoch_secret_that_goes_with_it(
+    tmp_path: Path, tamper: Callable[[dict[str, str], str], object], message: str
+) -> None:
+    """And no device is set up that would do without."""
+    key, secret = with_epoch_secret(1)
+    _, other = with_epoch_secret(1, bytes([1]) * 32)
+    tamper(secret["data"], other["data"]["epoch-1-secret"])
+    async with running(tmp_path) as bench:
+        bench.client.secrets[SECRET_PATH] = secret
+        bench.say(members={"a": own(phase=Phase.ENFORCING, keys=(key,))})
+        await bench.until(lambda: bench.client.patches)
+        await bench.settle()
+        assert bench.client.condition["reason"] == "KeyRefused"
+        assert message in bench.client.condition["message"]
+        assert not keys.read_held(bench.settings.held_keys_file)
+        assert bench.agent.health.desired and not bench.agent.health.desired.devices
+
+
+async def test_a_held_key_that_is_to_go_with_another_secret_is_not_used(tmp_path: Path) -> None:
+    key, secret = with_epoch_secret(1)
+    async with running(tmp_path) as bench:
+        bench.client.secrets[SECRET_PATH] = secret
+        bench.say(members={"a": own(keys=(key,))})
+        await bench.until(lambda: keys.read_held(bench.settings.held_keys_file))
+        other = replace(key, secret_digest=preshared.digest(bytes([1]) * 32, 1))
+        bench.say(members={"a": own(keys=(other,))})
+        await bench.until(lambda: not keys.read_held(bench.settings.held_keys_file))
+        await bench.until(lambda: bench.client.condition["reason"] == "KeyRefused")
 
 
 async def test_the_last_good_config_survives_a_restart(tmp_path: Path) -> None:

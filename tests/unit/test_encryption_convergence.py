@@ -21,6 +21,7 @@ from meshwire.encryption import plan as plans
 from meshwire.encryption.desired import Inputs, desired
 from meshwire.encryption.model import (
     DEVICES,
+    NO_PRESHARED_KEY,
     AddressEntry,
     AddressFlags,
     Attachment,
@@ -179,7 +180,12 @@ class FakeKernel:
             gained = take((*each.gain, *map(single_network, each.pods)))
             old = peers.get(each.public_key, PeerState(public_key=each.public_key))
             peers[each.public_key] = with_networks(
-                replace(old, endpoint=each.endpoint or old.endpoint, keepalive=each.keepalive),
+                replace(
+                    old,
+                    endpoint=each.endpoint or old.endpoint,
+                    keepalive=each.keepalive,
+                    preshared_key=told_key(each.preshared_key, old.preshared_key),
+                ),
                 old.networks | gained,
             )
             if each.endpoint:
@@ -230,6 +236,12 @@ class FakeKernel:
             peers = self.wireguard[link.name].peers.values()
             return link.name if any(destination in n for p in peers for n in p.networks) else "lost"
         return "dropped" if strict else "clear"
+
+
+def told_key(told: SecretKey | None, old: SecretKey | None) -> SecretKey | None:
+    if told is None:
+        return old
+    return None if told == NO_PRESHARED_KEY else told
 
 
 def with_networks(peer: PeerState, networks: Iterable[Network]) -> PeerState:

@@ -13,6 +13,7 @@ import yaml
 from meshwire.agent.loop import Health
 from meshwire.agent.metrics import format_metrics
 from meshwire.agent.policy.room import Fill
+from meshwire.api.names import NAMESPACE, OPERATOR_NAMESPACE
 from meshwire.operator.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -52,11 +53,20 @@ def test_only_the_operator_may_write_secrets_and_only_in_its_namespace() -> None
             if "secrets" in rule["resources"] and set(rule["verbs"]) - {"get", "list", "watch"}
         ]
         if writes:
-            assert role["metadata"] | {"labels": None} == {
-                "name": "meshwire-operator",
-                "namespace": "meshwire-system",
-                "labels": None,
-            }
+            assert role["metadata"]["name"] == "meshwire-operator"
+            assert role["metadata"]["namespace"] in (NAMESPACE, OPERATOR_NAMESPACE)
+
+
+def test_agents_may_read_nothing_where_epoch_secrets_are() -> None:
+    bound = [
+        binding
+        for binding in of_kind("RoleBinding")
+        if binding["metadata"]["namespace"] == OPERATOR_NAMESPACE
+    ]
+    assert [subject["name"] for binding in bound for subject in binding["subjects"]] == ["meshwire-operator"]
+    [role] = [role for role in of_kind("Role") if role["metadata"]["namespace"] == OPERATOR_NAMESPACE]
+    assert [rule["verbs"] for rule in role["rules"]] == [["get", "list", "create", "delete"]]
+    assert OPERATOR_NAMESPACE in {each["metadata"]["name"] for each in of_kind("Namespace")}
 
 
 def containers() -> list[Any]:

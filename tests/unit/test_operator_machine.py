@@ -19,16 +19,18 @@ from meshwire.api.conditions import Condition
 from meshwire.api.meshconfig import Encryption, MeshConfig
 from meshwire.api.meshnode import Key, MeshNode, Phase, Status
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.operator.objects import Config, KeySecret, Node
+from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
 from meshwire.operator.reconcile import (
     Action,
     AdoptSecret,
     CreateMeshNode,
+    DeleteEpochSecret,
     DeleteMeshNode,
     DeleteSecret,
     Inputs,
     IssueKey,
     LiftTaint,
+    MakeEpochSecret,
     PatchSpec,
     WithdrawKeys,
     WriteConfigStatus,
@@ -38,7 +40,7 @@ from meshwire.operator.reconcile import (
 from meshwire.operator.store import Overlay
 
 NODES = ("a", "b", "c", "d")
-KINDS = ("nodes", "mesh_nodes", "secrets", "configs", "statuses")
+KINDS = ("nodes", "mesh_nodes", "secrets", "epoch_secrets", "configs", "statuses")
 START = datetime(2026, 1, 1, tzinfo=UTC)
 SUCCESSORS = {
     Phase.OFF: {Phase.ENABLING, Phase.ENFORCING},
@@ -108,6 +110,8 @@ class OperatorMachine(RuleBasedStateMachine):
         self.highest_ordered = 0
         self.ended: set[int] = set()
         self.requests = 0
+        self.preshared = True
+        self.secret_deleted = False
         self.relist()
 
     # What happens to the cluster.
@@ -167,12 +171,30 @@ class OperatorMachine(RuleBasedStateMachine):
         old = self.server.now("configs").get(names.CONFIG_NAME)
         self.configure(bool(old and old.config.encryption.enabled))
 
+    @rule(wanted=st.booleans())
+    def change_preshared_keys(self, wanted: bool) -> None:
+        self.preshared = wanted
+        old = self.server.now("configs").get(names.CONFIG_NAME)
+        self.configure(bool(old and old.config.encryption.enabled))
+
+    @precondition(lambda self: self.server.now("epoch_secrets"))
+    @rule()
+    def delete_epoch_secrets_by_hand(self) -> None:
+        """Nobody watches them: it is found out by the next list."""
+        for name in self.server.now("epoch_secrets"):
+            self.server.remove("epoch_secrets", name)
+        self.secret_deleted = True
+
     @rule(enabled=st.booleans())
     def configure(self, enabled: bool) -> None:
         old = self.server.now("configs").get(names.CONFIG_NAME)
         generation = old.generation + 1 if old else 1
         rotate = str(self.requests) if self.requests else ""
-        config = MeshConfig(generation=generation, encryption=Encryption(enabled=enabled), rotate=rotate)
+        config = MeshConfig(
+            generation=generation,
+            encryption=Encryption(enabled=enabled, preshared_keys=self.preshared),
+            rotate=rotate,
+        )
         self.server.write(
             "configs",
             Config(uid="config", resource_version="", generation=generation, config=config),
@@ -314,7 +336,7 @@ class OperatorMachine(RuleBasedStateMachine):
             self.try_to(action, inputs)
 
     def relist(self) -> None:
-        for kind in ("secrets", "mesh_nodes", "nodes", "configs", "statuses"):
+        for kind in ("secrets", "epoch_secrets", "mesh_nodes", "nodes", "configs", "statuses"):
             self.overlays[kind].listed(
                 self.server.now(kind).values(), self.watched(kind), str(self.server.version)
             )
@@ -328,6 +350,7 @@ class OperatorMachine(RuleBasedStateMachine):
             nodes=view["nodes"],
             mesh_nodes=view["mesh_nodes"],
             secrets=view["secrets"],
+            epoch_secrets=view["epoch_secrets"],
             config=view["configs"].get(names.CONFIG_NAME),
             status=view["statuses"].get(names.STATUS_NAME),
             found_cidrs=(ip_network("10.0.0.0/16"),),
@@ -377,6 +400,30 @@ class OperatorMachine(RuleBasedStateMachine):
                 self.overlays["mesh_nodes"].deleted(action.node, action.uid)
             case IssueKey():
                 self.issue_key(action, secrets.get(action.node))
+            case MakeEpochSecret():
+                found = self.server.now("epoch_secrets").get(str(action.epoch))
+                if found is None:
+                    assert not self.digests(action.epoch) or self.secret_deleted, (
+                        "a second secret for an epoch, or one for an epoch that is without"
+                    )
+                    self.serial += 1
+                    made = EpochSecret(
+                        epoch=action.epoch, uid=f"epoch-{self.serial}", digest=public_key(self.serial)
+                    )
+                    self.wrote("epoch_secrets", made)
+                else:
+                    self.overlays["epoch_secrets"].wrote(found)
+            case DeleteEpochSecret():
+                epoch = action.secret.epoch
+                assert not any(
+                    node.spec.public_key(epoch)
+                    or (node.spec.phase is not Phase.OFF and node.spec.epoch == epoch)
+                    for node in mesh_nodes.values()
+                ), "the secret of an epoch in use is deleted"
+                kept = self.server.now("epoch_secrets").get(action.secret.name)
+                if kept and kept.uid == action.secret.uid:
+                    self.server.remove("epoch_secrets", action.secret.name)
+                self.overlays["epoch_secrets"].deleted(action.secret.name, action.secret.uid)
             case WithdrawKeys():
                 found = secrets.get(action.secret.node)
                 if found is None or found.resource_version != action.secret.resource_version:
@@ -421,6 +468,10 @@ class OperatorMachine(RuleBasedStateMachine):
         ):
             raise Conflict
         assert action.epoch not in self.ended, "a key for an epoch that had ended"
+        if action.secret_digest:
+            epoch_secret = self.server.now("epoch_secrets").get(str(action.epoch))
+            if epoch_secret is None or epoch_secret.digest != action.secret_digest:
+                raise Conflict
         self.serial += 1
         self.wrote(
             "secrets",
@@ -431,7 +482,11 @@ class OperatorMachine(RuleBasedStateMachine):
                 sealed_to=action.sealing_key,
                 keys=(
                     *(key for key in (found.keys if found else ()) if key.epoch == action.beside),
-                    Key(epoch=action.epoch, public_key=public_key(self.serial)),
+                    Key(
+                        epoch=action.epoch,
+                        public_key=public_key(self.serial),
+                        secret_digest=action.secret_digest,
+                    ),
                 ),
             ),
         )
@@ -439,7 +494,18 @@ class OperatorMachine(RuleBasedStateMachine):
     def wrote(self, kind: str, item: Any) -> None:
         self.overlays[kind].wrote(self.server.write(kind, item))
 
+    def digests(self, epoch: int) -> set[str]:
+        """Of all keys of the epoch that are in force, or on their way."""
+        keys = [key for node in self.server.now("mesh_nodes").values() for key in node.spec.keys]
+        keys += [key for secret in self.server.now("secrets").values() for key in secret.keys]
+        return {key.secret_digest for key in keys if key.epoch == epoch}
+
     # What must hold.
+
+    @invariant()
+    def all_keys_of_an_epoch_go_by_one_secret_or_by_none(self) -> None:
+        for epoch in {node.spec.epoch for node in self.server.now("mesh_nodes").values()}:
+            assert len(self.digests(epoch)) < 2
 
     def check_order(self, old: MeshNode | None, new: MeshNode, inputs: Inputs) -> None:
         phase, epoch = new.spec.phase, new.spec.epoch
@@ -576,7 +642,77 @@ class OperatorMachine(RuleBasedStateMachine):
         assert not enabled or not self.requests or status.handled_request == str(self.requests)
         for name, secret in secrets.items():
             assert {key.epoch for key in secret.keys} <= {mesh_nodes[name].spec.epoch}, "old keys are left"
+        epochs = {node.spec.epoch for node in mesh_nodes.values()} if enabled else set()
+        for each in self.server.now("epoch_secrets").values():
+            assert each.epoch in epochs, "an old epoch secret is left"
+            assert self.digests(each.epoch) <= {"", each.digest}
 
 
 TestOperatorMachine = OperatorMachine.TestCase
 TestOperatorMachine.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+
+
+def enforcing() -> OperatorMachine:
+    """Three nodes that encrypt with epoch 1."""
+    machine = OperatorMachine()
+    machine.begin(8, True)
+    machine.left_in_peace_all_comes_right()
+    return machine
+
+
+def epoch_of(machine: OperatorMachine) -> int:
+    [epoch] = {node.spec.epoch for node in machine.server.now("mesh_nodes").values()}
+    return int(epoch)
+
+
+def test_a_lost_epoch_secret_is_followed_by_another_epoch_and_never_by_another_secret() -> None:
+    machine = enforcing()
+    [before] = machine.digests(1)
+    machine.delete_epoch_secrets_by_hand()
+    machine.add_node("d", 0)
+    machine.relist()
+    machine.everything_is_seen_and_written()
+    machine.agents_work(set(NODES), True, True)
+    machine.everything_is_seen_and_written()
+    assert machine.digests(1) == {before}, "who joins waits"
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 2 and len(machine.server.now("secrets")) == 4
+    [after] = machine.digests(2)
+    assert after not in ("", before)
+
+
+def test_preshared_keys_come_and_go_with_the_next_keys() -> None:
+    machine = enforcing()
+    [with_secret] = machine.digests(1)
+    assert with_secret
+    machine.change_preshared_keys(False)
+    machine.reinstall_host("a")
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 1 and machine.digests(1) == {with_secret}, "the setting is the next epoch's"
+    machine.ask_for_new_keys()
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 2 and machine.digests(2) == {""}
+    assert not machine.server.now("epoch_secrets")
+    machine.change_preshared_keys(True)
+    machine.left_in_peace_all_comes_right()
+    assert machine.digests(2) == {""}
+    machine.ask_for_new_keys()
+    machine.left_in_peace_all_comes_right()
+    assert machine.digests(3) == {each.digest for each in machine.server.now("epoch_secrets").values()}
+    machine.configure(False)
+    machine.left_in_peace_all_comes_right()
+    assert not machine.server.now("epoch_secrets")
+
+
+def test_a_node_whose_secret_was_tampered_with_gets_a_new_key() -> None:
+    machine = enforcing()
+    before = machine.server.now("secrets")["a"]
+    [key] = before.keys
+    machine.server.write("secrets", replace(before, keys=(replace(key, secret_digest=""),)))
+    for _ in range(6):
+        # What the API server refuses, for a key's digest is settled, is not even tried for long.
+        machine.everything_is_seen_and_written()
+    [after] = machine.server.now("secrets")["a"].keys
+    assert after.secret_digest == key.secret_digest and after.public_key != key.public_key
+    machine.left_in_peace_all_comes_right()
+    assert epoch_of(machine) == 1

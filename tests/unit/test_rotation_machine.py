@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from tests.unit.test_encryption_convergence import UPLINK, FakeKernel, public
 
+from meshwire.api import preshared
 from meshwire.api.meshconfig import Encryption, KeyRotation, MeshConfig
 from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status
 from meshwire.api.meshstatus import MeshStatus, Rotation
@@ -32,7 +33,7 @@ from meshwire.encryption.desired import desired
 from meshwire.encryption.model import ClusterNode, Direction, HeldKey, Link, Member, SecretKey, SettingsFlags
 from meshwire.encryption.report import Counts, report
 from meshwire.operator import reconcile as operator
-from meshwire.operator.objects import Config, KeySecret, Node
+from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
 
 NUMBERS = {"a": 1, "b": 2, "c": 3}
 CLUSTER = ip_network("10.244.0.0/16")
@@ -63,6 +64,16 @@ def key_of(name: str, epoch: int, disk: int) -> str:
 @cache
 def sealing_key(name: str, disk: int) -> str:
     return public(SecretKey(sha256(f"{name} seals {disk}".encode()).digest()))
+
+
+@cache
+def epoch_secret(epoch: int) -> bytes:
+    return sha256(f"secret {epoch}".encode()).digest()
+
+
+@cache
+def digest_of(epoch: int) -> str:
+    return preshared.digest(epoch_secret(epoch), epoch)
 
 
 class Remembered:
@@ -102,7 +113,7 @@ class Machine(Remembered):
 @dataclass(frozen=True)
 class State(Remembered):
     """`works`: ordered pairs of live nodes between which packets arrive. `faults`: those that may still
-    happen."""
+    happen. `epoch_secrets`: epochs whose Secret the operator has."""
 
     nodes: tuple[tuple[str, Machine], ...]
     phase: Phase
@@ -113,6 +124,7 @@ class State(Remembered):
     overlap_over: bool
     works: frozenset[tuple[str, str]]
     faults: frozenset[tuple[str, str]]
+    epoch_secrets: frozenset[int] = frozenset()
 
     __hash__ = Remembered.__hash__
 
@@ -237,6 +249,7 @@ class Explorer:
             state.asked,
             state.enabled,
             state.overlap_over,
+            state.epoch_secrets,
         )
         if seen not in self.reconciled:
             self.reconciled[seen] = operator.reconcile(self.inputs(state)).actions
@@ -288,7 +301,10 @@ class Explorer:
                     uid=f"secret-{name}",
                     owner=f"uid-{name}",
                     sealed_to=sealing_key(name, machine.sealed_to),
-                    keys=tuple(Key(epoch=e, public_key=key_of(name, e, d)) for e, d in machine.secret),
+                    keys=tuple(
+                        Key(epoch=e, public_key=key_of(name, e, d), secret_digest=digest_of(e))
+                        for e, d in machine.secret
+                    ),
                 )
                 for name, machine in state.nodes
                 if machine.secret
@@ -301,6 +317,10 @@ class Explorer:
                 rotation=rotation,
                 handled_request=str(state.handled) if state.handled else "",
             ),
+            epoch_secrets={
+                str(e): EpochSecret(epoch=e, uid=f"epoch-{e}", digest=digest_of(e))
+                for e in state.epoch_secrets
+            },
             found_cidrs=(CLUSTER,),
             recent_ids=(),
             now=LATER if state.overlap_over else NOW,
@@ -334,7 +354,22 @@ class Explorer:
                         state.having(action.node, spec=action.spec, current=False),
                         "",
                     )
+                case operator.MakeEpochSecret(epoch):
+                    issued = {e for _, m in state.nodes for e, _ in m.secret}
+                    assert epoch not in state.epoch_secrets | issued, "a second secret for an epoch"
+                    made = replace(state, epoch_secrets=state.epoch_secrets | {epoch})
+                    yield f"operator makes the secret of {epoch}", made, ""
+                case operator.DeleteEpochSecret(kept_secret):
+                    epoch = kept_secret.epoch
+                    for _, m in state.nodes:
+                        if m.spec and m.spec.phase is not Phase.OFF:
+                            assert epoch not in (m.spec.epoch, m.spec.retiring), "it is in use"
+                            assert not m.spec.public_key(epoch), "its keys are published"
+                    left_secrets = replace(state, epoch_secrets=state.epoch_secrets - {epoch})
+                    yield f"operator deletes the secret of {epoch}", left_secrets, ""
                 case operator.IssueKey():
+                    assert action.epoch in state.epoch_secrets
+                    assert action.secret_digest == digest_of(action.epoch)
                     machine = state.machine(action.node)
                     disk = next(d for d in (0, 1) if sealing_key(action.node, d) == action.sealing_key)
                     kept = tuple((e, d) for e, d in machine.secret if e == action.beside != action.epoch)
@@ -422,7 +457,12 @@ class Explorer:
                     for n, m in state.nodes
                 },
                 config=MeshConfig(encryption=Encryption(enabled=True)),
-                held={e: HeldKey(e, key_of(name, e, d), SecretKey(raw_key(name, e, d))) for e, d in held},
+                held={
+                    e: HeldKey(
+                        e, key_of(name, e, d), SecretKey(raw_key(name, e, d)), SecretKey(epoch_secret(e))
+                    )
+                    for e, d in held
+                },
                 links=observed.links,
                 routes=observed.routes,
                 in_place=observed.pinned,
@@ -568,6 +608,9 @@ class Explorer:
         return bool(
             peer
             and back
+            # Without a preshared key there is to be no tunnel, and with two that differ there is none.
+            and peer.preshared_key is not None
+            and peer.preshared_key == back.preshared_key
             and pod_cidr(receiver) in peer.networks
             and pod_cidr(sender) in back.networks
             and (name, Direction.INGRESS) in two.filters
@@ -788,6 +831,7 @@ def assert_all_is_right(explorer: Explorer, state: State) -> None:
     epochs = {machine.spec.epoch for _, machine in state.nodes if machine.spec}
     assert len(epochs) == 1
     (epoch,) = epochs
+    assert state.epoch_secrets == {epoch}
     for name in live:
         machine = state.machine(name)
         kernel = explorer.kernel(machine.kernel)

@@ -19,7 +19,7 @@ from pyroute2 import IPRoute
 from meshwire.encryption import netlink
 from meshwire.encryption.health import ANSWER, Reading, says_something
 from meshwire.encryption.keys import public_key
-from meshwire.encryption.model import DEVICES, Device, Endpoint, HeldKey, Peer, SecretKey
+from meshwire.encryption.model import DEVICES, NO_PRESHARED_KEY, Device, Endpoint, HeldKey, Peer, SecretKey
 from meshwire.encryption.plan import ConfigureDevice, PeerChange, renew_peer
 from meshwire.encryption.question import question
 from meshwire.encryption.wireguard import KernelWireGuard
@@ -91,6 +91,74 @@ def test_a_network_moves_or_goes_without_touching_the_others(wireguard: KernelWi
     assert peers[one.public_key].networks == set(one.gain[1:])
     assert peers[other.public_key].networks == {other.gain[0], other.gain[2], one.gain[0]}
     assert peers[other.public_key].endpoint == other.endpoint
+
+
+@pytest.fixture
+def tunnel(wireguard: KernelWireGuard) -> Iterator[Callable[[SecretKey | None, SecretKey | None], float]]:
+    """Two devices of one kernel that know each other. What it returns sets their preshared keys, makes them
+    shake hands anew, and says when the first had a handshake: 0 for never."""
+    other = "meshwire_wg1"
+    secrets = {name: SecretKey(os.urandom(32)) for name in (DEVICE, other)}
+    ports = {DEVICE: 51871, other: 51872}
+    with IPRoute() as ipr:
+        ipr.link("set", index=ipr.link_lookup(ifname="lo")[0], state="up")
+        netlink.create_wireguard(ipr, other)
+        for name in ports:
+            wireguard.configure(ConfigureDevice(name=name, private_key=secrets[name], port=ports[name]))
+            netlink.set_up(ipr, name, mtu=1420, add_address=True)
+
+        def connect(here: SecretKey | None, there: SecretKey | None) -> float:
+            for name, peer, key in ((other, DEVICE, there), (DEVICE, other, here)):
+                change = PeerChange(
+                    public_key=public_key(secrets[peer]),
+                    endpoint=Endpoint(IPv4Address("127.0.0.1"), ports[peer]),
+                    # This makes them begin.
+                    keepalive=1,
+                    gain=(ip_network("10.0.0.0/24"),),
+                    preshared_key=key,
+                )
+                wireguard.configure(ConfigureDevice(name=name, fresh=True, peers=(change,)))
+            deadline = time.monotonic() + 12
+            while time.monotonic() < deadline:
+                [state] = wireguard.observe(DEVICE).peers.values()
+                if state.handshake:
+                    break
+                time.sleep(0.2)
+            assert state.preshared_key == here
+            return state.handshake
+
+        yield connect
+        netlink.delete_link(ipr, other)
+
+
+def test_a_preshared_key_is_set_kept_and_taken_away(wireguard: KernelWireGuard) -> None:
+    one, other = make_peer(1), make_peer(2)
+    key, second = SecretKey(os.urandom(32)), SecretKey(os.urandom(32))
+
+    def present() -> list[SecretKey | None]:
+        peers = wireguard.observe(DEVICE).peers
+        return [peers[each.public_key].preshared_key for each in (one, other)]
+
+    start = ConfigureDevice(
+        name=DEVICE, private_key=second, port=51871, peers=(replace(one, preshared_key=key), other)
+    )
+    wireguard.configure(start)
+    assert present() == [key, None]
+    for told, expected in ((None, key), (second, second), (NO_PRESHARED_KEY, None)):
+        change = PeerChange(public_key=one.public_key, keepalive=25, preshared_key=told)
+        wireguard.configure(ConfigureDevice(name=DEVICE, peers=(change,)))
+        assert present() == [expected, None]
+
+
+def test_there_is_a_handshake_only_with_the_same_preshared_key(
+    tunnel: Callable[[SecretKey | None, SecretKey | None], float],
+) -> None:
+    key, other = SecretKey(os.urandom(32)), SecretKey(os.urandom(32))
+    assert tunnel(key, key)
+    assert not tunnel(key, other)
+    assert not tunnel(key, None)
+    assert not tunnel(None, key)
+    assert tunnel(None, None)
 
 
 def test_thousands_of_single_addresses_of_one_peer_are_all_there(wireguard: KernelWireGuard) -> None:

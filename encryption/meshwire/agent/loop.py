@@ -26,11 +26,17 @@ from meshwire.agent.userspace import CannotStart
 from meshwire.agent.watch import World
 from meshwire.api import conditions, names
 from meshwire.api.meshconfig import MeshConfig
-from meshwire.api.meshnode import Phase, Status
+from meshwire.api.meshnode import Key, Phase, Status
 from meshwire.bpf import loader, tc
 from meshwire.bpf.layouts import Reason
 from meshwire.encryption import keys, report
-from meshwire.encryption.desired import WIREGUARD_UNAVAILABLE, Inputs, desired, judge_config
+from meshwire.encryption.desired import (
+    WIREGUARD_UNAVAILABLE,
+    Inputs,
+    desired,
+    judge_config,
+    published_key,
+)
 from meshwire.encryption.model import (
     Desired,
     HeldKey,
@@ -320,8 +326,8 @@ class Agent:
         problem, not an error: the others' traffic must not wait for it."""
         if own is None:
             return ()
-        wanted = {key.epoch: key.public_key for key in own.spec.keys}
-        held = {epoch: key for epoch, key in self._held.items() if wanted.get(epoch) == key.public_key}
+        wanted = {key.epoch: key for key in own.spec.keys}
+        held = {epoch: key for epoch, key in self._held.items() if wanted.get(epoch) == published_key(key)}
         problems: list[Problem] = []
         if missing := sorted(wanted.keys() - held.keys()):
             path = f"/api/v1/namespaces/{self._settings.namespace}/secrets/{names.secret_name(own.name)}"
@@ -332,7 +338,7 @@ class Agent:
                 return (Problem("WaitingForKey", f"can't read the key Secret: {describe(error)}", not held),)
             for epoch in missing:
                 try:
-                    held[epoch] = self._open(secret.get("data") or {}, own.name, epoch, wanted[epoch])
+                    held[epoch] = self._open(secret.get("data") or {}, own.name, wanted[epoch])
                 except keys.KeyRefused as error:
                     problems.append(Problem("KeyRefused", str(error)))
         if held != self._held:
@@ -340,13 +346,31 @@ class Agent:
             self._held = held
         return tuple(problems)
 
-    def _open(self, data: dict[str, str], node: str, epoch: int, expected: str) -> HeldKey:
-        sealed = data.get(f"epoch-{epoch}")
+    def _open(self, data: dict[str, str], node: str, key: Key) -> HeldKey:
+        """Raises KeyRefused; a key that should come with an epoch secret is none without."""
+        sealed = data.get(names.secret_data_key(key.epoch))
         if sealed is None:
-            raise keys.KeyRefused(f"the key Secret has no key of epoch {epoch}")
-        return keys.open_sealed(
-            base64.b64decode(sealed), self._sealing_key, node=node, epoch=epoch, expected=expected
+            raise keys.KeyRefused(f"the key Secret has no key of epoch {key.epoch}")
+        held = keys.open_sealed(
+            base64.b64decode(sealed),
+            self._sealing_key,
+            node=node,
+            epoch=key.epoch,
+            expected=key.public_key,
         )
+        if not key.secret_digest:
+            return held
+        sealed = data.get(names.sealed_secret_data_key(key.epoch))
+        if sealed is None:
+            raise keys.KeyRefused(f"the key Secret has no epoch secret of epoch {key.epoch}")
+        secret = keys.open_epoch_secret(
+            base64.b64decode(sealed),
+            self._sealing_key,
+            node=node,
+            epoch=key.epoch,
+            expected=key.secret_digest,
+        )
+        return replace(held, epoch_secret=secret)
 
     # The kernel; all of this runs in the kernel's thread.
 

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 from meshwire.api import names
 from meshwire.api.fields import Address, InvalidSpec, Network
 from meshwire.api.meshconfig import MeshConfig, Mode, missing_families
-from meshwire.api.meshnode import Implementation, Phase, Spec, Status
+from meshwire.api.meshnode import Implementation, Key, Phase, Spec, Status
 from meshwire.encryption.discovery import find_paths
 from meshwire.encryption.model import (
     AddressEntry,
@@ -134,10 +134,11 @@ def desired(inputs: Inputs) -> Desired | None:
         devices = tuple(
             _device(inputs, own, accepted, pods or {}, key, mtu)
             for key in sorted(inputs.held.values(), key=lambda key: key.epoch)
-            if own.spec.public_key(key.epoch) == key.public_key
-            and key.epoch in accepted[own.name].keys
+            # With another epoch secret, or without the one that there should be, it would be another key.
+            if accepted[own.name].keys.get(key.epoch) == published_key(key)
             and key.epoch in (epoch, own.spec.retiring)
         )
+        problems += _unpaired(devices, accepted, own.name)
         if epoch and not any(device.epoch == epoch for device in devices):
             problems.append(_missing_key(own, accepted, epoch, blocking=not devices))
 
@@ -213,7 +214,7 @@ class _Shares:
     number: int
     pods: tuple[Network, ...]
     hosts: tuple[Network, ...]
-    keys: Mapping[int, str]
+    keys: Mapping[int, Key]
 
     @property
     def networks(self) -> tuple[Network, ...]:
@@ -261,7 +262,7 @@ def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Probl
         keys = {}
         for key in member.spec.keys:
             if (owner := key_owner.setdefault(key.public_key, name)) == name:
-                keys[key.epoch] = key.public_key
+                keys[key.epoch] = key
                 continue
             problems.append(
                 Problem(
@@ -318,11 +319,31 @@ def _missing_key(own: Member, accepted: Mapping[str, _Shares], epoch: int, *, bl
     return Problem("WaitingForKey", text, blocking)
 
 
+def published_key(held: HeldKey) -> Key:
+    """As this node's MeshNode has it."""
+    return Key(epoch=held.epoch, public_key=held.public_key, secret_digest=held.secret_digest)
+
+
+def _unpaired(devices: Iterable[Device], accepted: Mapping[str, _Shares], own: str) -> Iterator[Problem]:
+    for device in devices:
+        peers = {peer.node for peer in device.peers}
+        names = sorted(
+            name
+            for name, shares in accepted.items()
+            if name != own and device.epoch in shares.keys and name not in peers
+        )
+        if names:
+            some = ", ".join(names[:SAMPLE]) + (f" and {len(names) - SAMPLE} more" if names[SAMPLE:] else "")
+            message = f"epoch {device.epoch} has another epoch secret, or none, on {some}: no tunnel there"
+            yield Problem("EpochSecretDiffers", message, blocking=False)
+
+
 def _device(
     inputs: Inputs, own: Member, accepted: Mapping[str, _Shares], pods: Pods, key: HeldKey, mtu: int
 ) -> Device:
     encryption = inputs.config.encryption
     port = names.listen_port(encryption.port, key.epoch)
+    digest = key.secret_digest
     return Device(
         name=names.device_name(key.epoch),
         epoch=key.epoch,
@@ -332,14 +353,18 @@ def _device(
         peers=tuple(
             Peer(
                 node=name,
-                public_key=shares.keys[key.epoch],
+                public_key=shares.keys[key.epoch].public_key,
                 endpoint=_endpoint(own.spec.addresses, shares.hosts, port),
                 allowed_ips=frozenset(shares.networks),
                 keepalive=encryption.keepalive,
                 pods=pods.get(name, frozenset()),
+                preshared_key=key.pair_key(shares.keys[key.epoch].public_key),
             )
             for name, shares in sorted(accepted.items())
-            if name != own.name and key.epoch in shares.keys
+            # Both ends have the same, or there is no tunnel: least of all one without.
+            if name != own.name
+            and key.epoch in shares.keys
+            and shares.keys[key.epoch].secret_digest == digest
         ),
     )
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hmac
 import json
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import nacl.exceptions
 from nacl.bindings import crypto_scalarmult_base
 from nacl.public import PrivateKey, SealedBox
 
+from meshwire.api import preshared
 from meshwire.encryption.model import HeldKey, SecretKey
 
 
@@ -44,20 +47,36 @@ def open_sealed(sealed: bytes, sealing_key: SecretKey, *, node: str, epoch: int,
     """The private key in a key Secret's data. Raises KeyRefused where it was not sealed to us, or for
     another node or epoch, or is not the private half of `expected`, the public key that the operator
     published."""
-    try:
-        opened = SealedBox(PrivateKey(sealing_key.reveal())).decrypt(sealed)
-        name, number, raw = base64.b64decode(opened, validate=True).split(b"\0", 2)
-        key = SecretKey(raw)
-    except nacl.exceptions.CryptoError:
-        raise KeyRefused(f"the key of epoch {epoch} is not sealed to this node's sealing key") from None
-    except (binascii.Error, ValueError):
-        raise KeyRefused(f"the sealed key of epoch {epoch} is malformed") from None
-    if (name, number) != (node.encode(), str(epoch).encode()):
-        raise KeyRefused(f"the sealed key of epoch {epoch} was made for another node or epoch")
+    key = _open(sealed, sealing_key, node, str(epoch), f"key of epoch {epoch}")
     held = HeldKey(epoch, public_key(key), key)
     if held.public_key != expected:
         raise KeyRefused(f"the sealed key of epoch {epoch} is not the one the operator published")
     return held
+
+
+def open_epoch_secret(
+    sealed: bytes, sealing_key: SecretKey, *, node: str, epoch: int, expected: str
+) -> SecretKey:
+    """The epoch secret in a key Secret's data. Raises KeyRefused where it was not sealed to us, or for
+    another node or epoch, or has another digest than `expected`, the one that the operator published."""
+    secret = _open(sealed, sealing_key, node, f"{epoch}-secret", f"secret of epoch {epoch}")
+    if not hmac.compare_digest(preshared.digest(secret.reveal(), epoch), expected):
+        raise KeyRefused(f"the sealed secret of epoch {epoch} is not the one the operator published")
+    return secret
+
+
+def _open(sealed: bytes, sealing_key: SecretKey, node: str, label: str, title: str) -> SecretKey:
+    try:
+        opened = SealedBox(PrivateKey(sealing_key.reveal())).decrypt(sealed)
+        name, what, raw = base64.b64decode(opened, validate=True).split(b"\0", 2)
+        secret = SecretKey(raw)
+    except nacl.exceptions.CryptoError:
+        raise KeyRefused(f"the {title} is not sealed to this node's sealing key") from None
+    except (binascii.Error, ValueError):
+        raise KeyRefused(f"the sealed {title} is malformed") from None
+    if (name, what) != (node.encode(), label.encode()):
+        raise KeyRefused(f"the sealed {title} was made for another node or epoch")
+    return secret
 
 
 def read_held(path: Path) -> dict[int, HeldKey]:
@@ -66,22 +85,34 @@ def read_held(path: Path) -> dict[int, HeldKey]:
     if not raw:
         return {}
     try:
-        secrets = {
-            int(epoch): SecretKey(base64.b64decode(text, validate=True))
-            for epoch, text in json.loads(raw).items()
-        }
-    except (ValueError, AttributeError, TypeError):
+        return {int(epoch): _held(int(epoch), item) for epoch, item in json.loads(raw).items()}
+    except (ValueError, AttributeError, TypeError, KeyError):
         raise KeyRefused(f"{path} is damaged: remove it, the keys are fetched again") from None
-    return {epoch: HeldKey(epoch, public_key(secret), secret) for epoch, secret in secrets.items()}
+
+
+def _held(epoch: int, item: Any) -> HeldKey:
+    # Before there were preshared keys, it was the private key alone.
+    fields = {"privateKey": item} if isinstance(item, str) else item
+    private, secret = (
+        SecretKey(base64.b64decode(text, validate=True)) if text is not None else None
+        for text in (fields["privateKey"], fields.get("epochSecret"))
+    )
+    if private is None:
+        raise ValueError("no private key")
+    return HeldKey(epoch, public_key(private), private, secret)
 
 
 def write_held(path: Path, held: Mapping[int, HeldKey]) -> None:
     """Replaces the file in one step. Raises OSError."""
-    text = {
-        str(epoch): base64.b64encode(key.private_key.reveal()).decode()
+    items = {
+        str(epoch): {
+            name: base64.b64encode(secret.reveal()).decode()
+            for name, secret in (("privateKey", key.private_key), ("epochSecret", key.epoch_secret))
+            if secret
+        }
         for epoch, key in sorted(held.items())
     }
-    _write_secret(path, json.dumps(text).encode())
+    _write_secret(path, json.dumps(items).encode())
 
 
 def _read_secret(path: Path) -> bytes:

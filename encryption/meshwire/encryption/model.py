@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from typing import Final, NoReturn
 
-from meshwire.api import names
+from meshwire.api import names, preshared
 from meshwire.api.fields import Address, Network
 from meshwire.api.meshnode import Implementation, Phase, Spec
 
@@ -52,13 +52,32 @@ class SecretKey:
         raise TypeError("a secret key is never pickled or copied")
 
 
+NO_PRESHARED_KEY: Final = SecretKey(bytes(32))
+"""What WireGuard takes for none; telling it nothing would leave the one that is there."""
+
+
 @dataclass(frozen=True, slots=True)
 class HeldKey:
-    """A WireGuard key pair of this node. `public_key` is base64."""
+    """A WireGuard key pair of this node. `public_key` is base64; `epoch_secret` is what preshared keys are
+    derived from, None in an epoch without."""
 
     epoch: int
     public_key: str
     private_key: SecretKey
+    epoch_secret: SecretKey | None = None
+
+    @property
+    def secret_digest(self) -> str:
+        """As MeshNodes publish it."""
+        return preshared.digest(self.epoch_secret.reveal(), self.epoch) if self.epoch_secret else ""
+
+    def pair_key(self, public_key: str) -> SecretKey | None:
+        """The preshared key with the node of that public key (base64); None in an epoch without."""
+        if self.epoch_secret is None:
+            return None
+        return SecretKey(
+            preshared.pair_key(self.epoch_secret.reveal(), self.epoch, self.public_key, public_key)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +151,8 @@ class Endpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerState:
     """A peer as its device has it. `singles` are those of its AllowedIPs that are single addresses, packed;
-    `allowed_ips` the others. `handshake`: Unix time of the latest handshake in seconds, 0 for never."""
+    `allowed_ips` the others. `handshake`: Unix time of the latest handshake in seconds, 0 for never.
+    `preshared_key` None: it has none."""
 
     public_key: str
     endpoint: Endpoint | None = None
@@ -142,6 +162,7 @@ class PeerState:
     handshake: float = 0.0
     received: int = 0
     sent: int = 0
+    preshared_key: SecretKey | None = field(default=None, hash=False)
 
     @property
     def networks(self) -> frozenset[Network]:
@@ -257,7 +278,7 @@ class Observed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """Another node on a device. `keepalive`: seconds, 0 for none once the first handshake is done. `pods`
-    are addresses (packed) that it has besides `allowed_ips`."""
+    are addresses (packed) that it has besides `allowed_ips`. `preshared_key` None: it is to have none."""
 
     node: str
     public_key: str
@@ -265,6 +286,7 @@ class Peer:
     allowed_ips: frozenset[Network]
     keepalive: int
     pods: frozenset[bytes] = frozenset()
+    preshared_key: SecretKey | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ An action names what to do, holds everything needed to do it, and prints without
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshwire.api.fields import Network
@@ -13,6 +13,7 @@ from meshwire.encryption.model import (
     DEVICE_ADDRESS,
     DEVICES,
     HANDSHAKE_LIFETIME,
+    NO_PRESHARED_KEY,
     AddressEntry,
     AddressFlags,
     Attachment,
@@ -190,8 +191,8 @@ class WriteSysctls:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerChange:
     """What differs of one peer, and its keepalive, which both WireGuard interfaces leave as it is unless
-    told. Networks in `gain`, and pods' addresses in `pods` (packed), leave the peer that had them in the
-    same step."""
+    told; so they do with a preshared key. Networks in `gain`, and pods' addresses in `pods` (packed), leave
+    the peer that had them in the same step."""
 
     public_key: str
     node: str = ""
@@ -200,11 +201,13 @@ class PeerChange:
     keepalive: int = 0
     gain: tuple[Network, ...] = ()
     pods: tuple[bytes, ...] = ()
+    preshared_key: SecretKey | None = field(default=None, hash=False)
 
     def __str__(self) -> str:
         if self.remove:
             return f"-{self.public_key[:8]}…"
         parts = [f"{self.node or '?'} {self.public_key[:8]}… keepalive {self.keepalive}"]
+        parts += ["set the preshared key"] if self.preshared_key else []
         parts += [f"at {self.endpoint}"] if self.endpoint else []
         parts += [f"+{network}" for network in self.gain]
         parts += [f"+{_some(map(single_network, self.pods))}"] if self.pods else []
@@ -229,7 +232,7 @@ class ConfigureDevice:
     def only_pods(self) -> bool:
         """Nothing changes but which peer has which single address."""
         return not (self.private_key or self.port or self.fresh or self.release) and not any(
-            peer.remove or peer.endpoint or peer.gain for peer in self.peers
+            peer.remove or peer.endpoint or peer.gain or peer.preshared_key for peer in self.peers
         )
 
     def __str__(self) -> str:
@@ -566,6 +569,7 @@ def _peer_change(
             keepalive=keepalive,
             gain=tuple(sorted_networks(peer.allowed_ips)),
             pods=tuple(sorted(peer.pods)),
+            preshared_key=peer.preshared_key,
         )
     change = PeerChange(
         public_key=peer.public_key,
@@ -574,8 +578,12 @@ def _peer_change(
         keepalive=keepalive,
         gain=tuple(_missing_networks(peer, state)),
         pods=_missing_pods(peer, state) if with_pods else (),
+        preshared_key=None
+        if state.preshared_key == peer.preshared_key
+        else peer.preshared_key or NO_PRESHARED_KEY,
     )
-    same = not (change.endpoint or change.gain or change.pods) and state.keepalive == keepalive
+    differs = change.endpoint or change.gain or change.pods or change.preshared_key
+    same = not differs and state.keepalive == keepalive
     return None if same else change
 
 

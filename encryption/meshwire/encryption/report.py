@@ -83,7 +83,7 @@ def report(
 
 
 def is_prepared(device: Device, observed: Observed) -> bool:
-    """The device is up with its key, port and peers."""
+    """The device is up with its key, port and peers, and their preshared keys."""
     link, state = observed.links.get(device.name), observed.wireguard.get(device.name)
     if link is None or not link.up or state is None:
         return False
@@ -91,7 +91,9 @@ def is_prepared(device: Device, observed: Observed) -> bool:
         state.public_key == device.key.public_key
         and state.port == device.port
         and all(
-            peer.public_key in state.peers and has_all(peer, state.peers[peer.public_key])
+            peer.public_key in state.peers
+            and has_all(peer, state.peers[peer.public_key])
+            and peer.preshared_key == state.peers[peer.public_key].preshared_key
             for peer in device.peers
         )
     )

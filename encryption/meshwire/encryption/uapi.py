@@ -15,7 +15,14 @@ from typing import Final
 from meshwire.api.fields import Network
 from meshwire.encryption.health import Reading
 from meshwire.encryption.keys import public_key
-from meshwire.encryption.model import DeviceState, Endpoint, PeerState, SecretKey, single_network
+from meshwire.encryption.model import (
+    NO_PRESHARED_KEY,
+    DeviceState,
+    Endpoint,
+    PeerState,
+    SecretKey,
+    single_network,
+)
 from meshwire.encryption.plan import ConfigureDevice
 
 SOCKETS: Final = Path("/var/run/wireguard")
@@ -67,6 +74,7 @@ def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
         if "public_key" not in fields:
             return
         key = base64.b64encode(bytes.fromhex(fields["public_key"])).decode()
+        preshared_key = SecretKey(bytes.fromhex(fields.get("preshared_key", "00" * 32)))
         peers[key] = PeerState(
             public_key=key,
             endpoint=parse_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
@@ -77,6 +85,7 @@ def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
             + int(fields.get("last_handshake_time_nsec", 0)) / 1e9,
             received=int(fields.get("rx_bytes", 0)),
             sent=int(fields.get("tx_bytes", 0)),
+            preshared_key=None if preshared_key == NO_PRESHARED_KEY else preshared_key,
         )
 
     for line in answer:
@@ -180,6 +189,9 @@ def _lines(change: ConfigureDevice) -> Iterator[str]:
         if peer.remove:
             yield "remove=true"
             continue
+        # First of all: the peer is there from its first line on.
+        if peer.preshared_key:
+            yield f"preshared_key={peer.preshared_key.reveal().hex()}"
         if peer.endpoint:
             yield f"endpoint={peer.endpoint}"
         yield f"persistent_keepalive_interval={peer.keepalive}"

@@ -7,7 +7,7 @@ import os
 import socket
 import struct
 import sys
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any, Final, Protocol
@@ -26,7 +26,14 @@ from pyroute2.netlink.generic.wireguard import (
 
 from meshwire.api.fields import Network
 from meshwire.encryption.health import Reading
-from meshwire.encryption.model import DeviceState, Endpoint, PeerState, single_network
+from meshwire.encryption.model import (
+    NO_PRESHARED_KEY,
+    DeviceState,
+    Endpoint,
+    PeerState,
+    SecretKey,
+    single_network,
+)
 from meshwire.encryption.plan import ConfigureDevice, PeerChange
 
 # An attribute's length has 16 bits and WGDEVICE_A_PEERS holds all peers of a message; half of it is plenty.
@@ -254,6 +261,7 @@ def _peer_state(
             handshake=before.handshake,
             received=before.received,
             sent=before.sent,
+            preshared_key=before.preshared_key,
         )
     endpoint = peer.get_attr("WGPEER_A_ENDPOINT")
     handshake = peer.get_attr("WGPEER_A_LAST_HANDSHAKE_TIME") or {"tv_sec": 0, "tv_nsec": 0}
@@ -266,7 +274,14 @@ def _peer_state(
         handshake=handshake["tv_sec"] + handshake["tv_nsec"] / 1e9,
         received=peer.get_attr("WGPEER_A_RX_BYTES") or 0,
         sent=peer.get_attr("WGPEER_A_TX_BYTES") or 0,
+        preshared_key=_preshared_key(peer.get_attr("WGPEER_A_PRESHARED_KEY")),
     )
+
+
+def _preshared_key(text: bytes | None) -> SecretKey | None:
+    """As pyroute2 has it, base64."""
+    key = SecretKey(b64decode(text)) if text else NO_PRESHARED_KEY
+    return None if key == NO_PRESHARED_KEY else key
 
 
 def format_change(change: ConfigureDevice) -> Iterator[Attributes]:
@@ -315,6 +330,8 @@ def _peer(change: PeerChange) -> Iterator[Attributes]:
     if change.remove:
         yield [*attributes, ["WGPEER_A_FLAGS", WGPEER_F_REMOVE_ME]]
         return
+    if change.preshared_key:
+        attributes.append(["WGPEER_A_PRESHARED_KEY", b64encode(change.preshared_key.reveal())])
     if change.endpoint:
         endpoint = {"addr": str(change.endpoint.address), "port": change.endpoint.port}
         attributes.append(["WGPEER_A_ENDPOINT", endpoint])
@@ -338,6 +355,6 @@ def _allowed(network: Network) -> dict[str, Attributes]:
 
 
 def _length(peer: Attributes) -> int:
-    """Upper bound of a peer's encoding: 44 bytes a key, 32 an endpoint, 8 anything else but networks."""
+    """Upper bound of a peer's encoding: 36 bytes a key, 32 an endpoint, 8 anything else but networks."""
     allowed = next((value for name, value in peer if name == "WGPEER_A_ALLOWEDIPS"), ())
     return 128 + _NETWORK_BYTES * len(allowed)

@@ -78,6 +78,8 @@ class Encryption:
     keepalive: int = 25
     """Seconds between persistent keepalives; 0: none."""
     key_rotation: KeyRotation = field(default_factory=KeyRotation)
+    preshared_keys: bool = True
+    """Of epochs that begin from now on: what has begun stays as it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +152,7 @@ def _encryption(source: Mapping[str, Any]) -> Encryption:
         port=port,
         keepalive=fields.integer(source, "persistentKeepaliveSeconds", path, default=25, high=65535),
         key_rotation=_key_rotation(fields.child(source, "keyRotation", path)),
+        preshared_keys=fields.boolean(source, "presharedKeys", path, default=True),
     )
 
 

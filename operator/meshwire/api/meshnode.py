@@ -33,10 +33,20 @@ class Implementation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """The node's WireGuard public key of one epoch (canonical base64)."""
+    """The node's WireGuard public key of one epoch (canonical base64). `secret_digest`: of the epoch secret
+    that preshared keys with this key are derived from; empty: it is used without."""
 
     epoch: int
     public_key: str
+    secret_digest: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """An item of `spec.keys`."""
+        return {
+            "epoch": self.epoch,
+            "publicKey": self.public_key,
+            **({"epochSecretDigest": self.secret_digest} if self.secret_digest else {}),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +74,7 @@ class Spec:
             "addresses": [str(address) for address in self.addresses],
             "podCIDRs": [str(cidr) for cidr in self.pod_cidrs],
             "clusterCIDRs": [str(cidr) for cidr in self.cluster_cidrs],
-            "keys": [{"epoch": key.epoch, "publicKey": key.public_key} for key in self.keys],
+            "keys": [key.to_dict() for key in self.keys],
             # null takes the field away where the spec is merge-patched.
             "encryption": {
                 "phase": str(self.phase),
@@ -186,6 +196,9 @@ def _spec(source: Mapping[str, Any]) -> Spec:
         return Key(
             epoch=fields.integer(item, "epoch", path, default=0, low=1),
             public_key=fields.key(item.get("publicKey"), f"{path}.publicKey"),
+            secret_digest=fields.key(item["epochSecretDigest"], f"{path}.epochSecretDigest")
+            if item.get("epochSecretDigest") is not None
+            else "",
         )
 
     encryption = fields.child(source, "encryption", "spec")

@@ -36,6 +36,9 @@ STATUS_NAME: Final = "mesh"
 NAMESPACE: Final = "meshwire-system"
 """Where operator, agents and the nodes' key Secrets live unless POD_NAMESPACE says otherwise."""
 
+OPERATOR_NAMESPACE: Final = "meshwire-operator"
+"""Where the operator keeps epoch secrets: agents may read every Secret of their own namespace."""
+
 NOT_READY_TAINT: Final = "meshwire.dev/agent-not-ready"
 """Nodes that register with this taint run no pods before their datapath is in force."""
 
@@ -47,6 +50,13 @@ SEALED_TO_ANNOTATION: Final = "meshwire.dev/sealed-to"
 PUBLIC_KEY_ANNOTATION: Final = "meshwire.dev/public-key-epoch-"
 """On a key Secret, followed by the epoch: the public half (base64) of the private key under the data key
 `epoch-N`."""
+
+SECRET_DIGEST_ANNOTATION: Final = "meshwire.dev/epoch-secret-digest-"
+"""The same: the digest (base64) of the epoch secret that is sealed under the data key `epoch-N-secret`."""
+
+EPOCH_SECRET_LABEL: Final = "meshwire.dev/epoch-secret"
+"""On a Secret in the operator's namespace: the epoch whose secret it holds."""
+EPOCH_SECRET_DATA_KEY: Final = "secret"
 
 ROTATE_ANNOTATION: Final = "meshwire.dev/rotate"
 """On the MeshConfig: every new value asks for new WireGuard keys."""
@@ -79,3 +89,13 @@ def secret_name(node: str) -> str:
 def secret_data_key(epoch: int) -> str:
     """Where in that Secret's data the sealed key of `epoch` is."""
     return f"epoch-{epoch}"
+
+
+def sealed_secret_data_key(epoch: int) -> str:
+    """The same of the sealed epoch secret."""
+    return f"epoch-{epoch}-secret"
+
+
+def epoch_secret_name(epoch: int) -> str:
+    """The Secret in the operator's namespace that holds an epoch's secret."""
+    return f"meshwire-epoch-{epoch}"

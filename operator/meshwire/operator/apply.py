@@ -14,15 +14,17 @@ from meshwire.api.meshstatus import MeshStatus
 from meshwire.kube.client import JSON_PATCH, ApiError, Client, Object
 from meshwire.kube.events import Event
 from meshwire.operator import keys
-from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
+from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node, epoch_secret_in, mesh_node
 from meshwire.operator.reconcile import (
     Action,
     AdoptSecret,
     CreateMeshNode,
+    DeleteEpochSecret,
     DeleteMeshNode,
     DeleteSecret,
     IssueKey,
     LiftTaint,
+    MakeEpochSecret,
     PatchSpec,
     WithdrawKeys,
     WriteConfigStatus,
@@ -55,6 +57,10 @@ class Hands:
                 await self._delete_mesh_node(action)
             case IssueKey():
                 await self._issue_key(action)
+            case MakeEpochSecret():
+                await self._make_epoch_secret(action)
+            case DeleteEpochSecret():
+                await self._delete_epoch_secret(action)
             case WithdrawKeys():
                 await self._withdraw_keys(action)
             case AdoptSecret():
@@ -116,6 +122,7 @@ class Hands:
     async def _issue_key(self, action: IssueKey) -> None:
         sealed = keys.issue(node=action.node, epoch=action.epoch, sealing_key=action.sealing_key)
         epoch = str(action.epoch)
+        sealed_secret = await self._sealed_epoch_secret(action) if action.secret_digest else None
         metadata: dict[str, Any] = {
             "name": names.secret_name(action.node),
             "labels": {
@@ -132,6 +139,9 @@ class Hands:
         data: dict[str, str | None] = {
             names.secret_data_key(action.epoch): base64.b64encode(sealed.sealed).decode()
         }
+        if sealed_secret:
+            metadata["annotations"][f"{names.SECRET_DIGEST_ANNOTATION}{epoch}"] = action.secret_digest
+            data[names.sealed_secret_data_key(action.epoch)] = base64.b64encode(sealed_secret).decode()
         path = secrets_path(self.world.namespace)
         if action.secret is None:
             body = {
@@ -145,8 +155,11 @@ class Hands:
         else:
             for key in action.secret.keys:
                 if key.epoch not in (action.epoch, action.beside):
-                    data[names.secret_data_key(key.epoch)] = None
-                    metadata["annotations"][f"{names.PUBLIC_KEY_ANNOTATION}{key.epoch}"] = None
+                    data |= _no_data(key.epoch)
+                    metadata["annotations"] |= _no_annotations(key.epoch)
+            if not sealed_secret:
+                data[names.sealed_secret_data_key(action.epoch)] = None
+                metadata["annotations"][f"{names.SECRET_DIGEST_ANNOTATION}{epoch}"] = None
             metadata["resourceVersion"] = action.secret.resource_version
             written = await self.client.patch(
                 f"{path}/{names.secret_name(action.node)}", {"metadata": metadata, "data": data}
@@ -164,14 +177,61 @@ class Hands:
             )
         )
 
+    async def _make_epoch_secret(self, action: MakeEpochSecret) -> None:
+        path = secrets_path(self.world.private_namespace)
+        body = {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "type": "Opaque",
+            "metadata": {
+                "name": names.epoch_secret_name(action.epoch),
+                "labels": {
+                    "app.kubernetes.io/part-of": "meshwire",
+                    names.EPOCH_SECRET_LABEL: str(action.epoch),
+                },
+            },
+            # There must never be two of one epoch.
+            "immutable": True,
+            "data": {names.EPOCH_SECRET_DATA_KEY: base64.b64encode(keys.new_epoch_secret()).decode()},
+        }
+        try:
+            made = await self.client.create(path, body)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            # Somebody was first, perhaps we before a crash: that one counts.
+            made = await self.client.get(f"{path}/{names.epoch_secret_name(action.epoch)}")
+        self.world.epoch_secrets.wrote(EpochSecret.from_object(made))
+
+    async def _sealed_epoch_secret(self, action: IssueKey) -> bytes:
+        """What is there now is read: the one that is meant, or none."""
+        path = secrets_path(self.world.private_namespace)
+        found = await self.client.get(f"{path}/{names.epoch_secret_name(action.epoch)}")
+        if EpochSecret.from_object(found).digest != action.secret_digest:
+            raise Outdated(f"the secret of epoch {action.epoch} is another")
+        return keys.seal_epoch_secret(
+            epoch_secret_in(found), node=action.node, epoch=action.epoch, sealing_key=action.sealing_key
+        )
+
+    async def _delete_epoch_secret(self, action: DeleteEpochSecret) -> None:
+        secret = action.secret
+        path = secrets_path(self.world.private_namespace)
+        await self._delete(f"{path}/{names.epoch_secret_name(secret.epoch)}", secret.uid)
+        self.world.epoch_secrets.deleted(secret.name, secret.uid)
+
     async def _withdraw_keys(self, action: WithdrawKeys) -> None:
         secret = action.secret
+        data: dict[str, None] = {}
+        annotations: dict[str, None] = {}
+        for epoch in action.epochs:
+            data |= _no_data(epoch)
+            annotations |= _no_annotations(epoch)
         body = {
             "metadata": {
                 "resourceVersion": secret.resource_version,
-                "annotations": {f"{names.PUBLIC_KEY_ANNOTATION}{epoch}": None for epoch in action.epochs},
+                "annotations": annotations,
             },
-            "data": {names.secret_data_key(epoch): None for epoch in action.epochs},
+            "data": data,
         }
         path = f"{secrets_path(self.world.namespace)}/{names.secret_name(secret.node)}"
         self.world.secrets.wrote(KeySecret.from_object(await self.client.patch(path, body)))
@@ -329,6 +389,8 @@ def rotation_news(action: WriteStatus, uid: str) -> Iterator[Event]:
 
     if after and (before is None or before.from_epoch != after.from_epoch):
         why = f"asked for by {names.ROTATE_ANNOTATION}" if after.request else "by the interval"
+        if action.secret_lost:
+            why = "whose epoch secret is gone: no node could have got a key of it any more"
         yield event("RotationBegan", f"new keys follow those of epoch {after.from_epoch}, {why}")
     if after and after.moved_at and not (before and before.moved_at):
         yield event(
@@ -350,6 +412,19 @@ def rotation_news(action: WriteStatus, uid: str) -> Iterator[Event]:
                 f"not live while keys changed: it joins epoch {last.epoch} when it is back",
                 warning=True,
             )
+
+
+def _no_data(epoch: int) -> dict[str, None]:
+    """Merged into a key Secret's data, it takes away what is there of an epoch."""
+    return {names.secret_data_key(epoch): None, names.sealed_secret_data_key(epoch): None}
+
+
+def _no_annotations(epoch: int) -> dict[str, None]:
+    """The same of its annotations."""
+    return {
+        f"{names.PUBLIC_KEY_ANNOTATION}{epoch}": None,
+        f"{names.SECRET_DIGEST_ANNOTATION}{epoch}": None,
+    }
 
 
 def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:

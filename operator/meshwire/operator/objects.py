@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any, Final
 
 from meshwire.api import conditions as api_conditions
-from meshwire.api import fields, names
+from meshwire.api import fields, names, preshared
 from meshwire.api.conditions import Condition
 from meshwire.api.fields import Address, InvalidSpec, Network
 from meshwire.api.meshconfig import MeshConfig
@@ -94,9 +95,21 @@ class KeySecret:
             epoch = name.removeprefix(names.PUBLIC_KEY_ANNOTATION)
             if epoch == name or not epoch.isdecimal():
                 continue
-            if names.secret_data_key(int(epoch)) in (source.get("data") or {}):
-                with suppress(InvalidSpec):
-                    keys.append(Key(epoch=int(epoch), public_key=fields.key(value, "")))
+            data = source.get("data") or {}
+            digest = annotations.get(f"{names.SECRET_DIGEST_ANNOTATION}{epoch}", "")
+            # Half a key is none: it is issued again.
+            if names.secret_data_key(int(epoch)) not in data or (
+                digest and names.sealed_secret_data_key(int(epoch)) not in data
+            ):
+                continue
+            with suppress(InvalidSpec):
+                keys.append(
+                    Key(
+                        epoch=int(epoch),
+                        public_key=fields.key(value, ""),
+                        secret_digest=digest and fields.key(digest, ""),
+                    )
+                )
         return cls(
             node=metadata["labels"][names.NODE_LABEL],
             uid=metadata["uid"],
@@ -113,8 +126,45 @@ class KeySecret:
             keys=tuple(sorted(keys, key=lambda key: key.epoch)),
         )
 
+    def key(self, epoch: int) -> Key | None:
+        return next((key for key in self.keys if key.epoch == epoch), None)
+
     def public_key(self, epoch: int) -> str | None:
         return next((key.public_key for key in self.keys if key.epoch == epoch), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochSecret:
+    """An epoch's Secret in the operator's namespace, without the secret; `digest` is empty where it holds
+    none."""
+
+    epoch: int
+    uid: str
+    resource_version: str = ""
+    digest: str = ""
+
+    @property
+    def name(self) -> str:
+        return str(self.epoch)
+
+    @classmethod
+    def from_object(cls, source: Mapping[str, Any]) -> EpochSecret:
+        """Reads a v1 Secret that carries names.EPOCH_SECRET_LABEL."""
+        metadata = source["metadata"]
+        label = metadata["labels"][names.EPOCH_SECRET_LABEL]
+        epoch = int(label) if label.isdecimal() else 0
+        digest = ""
+        with suppress(ValueError):
+            digest = preshared.digest(epoch_secret_in(source), epoch)
+        return cls(
+            epoch=epoch, uid=metadata["uid"], resource_version=metadata["resourceVersion"], digest=digest
+        )
+
+
+def epoch_secret_in(source: Mapping[str, Any]) -> bytes:
+    """What such a Secret is there for. Raises ValueError where it isn't in it."""
+    data = source.get("data") or {}
+    return base64.b64decode(data.get(names.EPOCH_SECRET_DATA_KEY, ""), validate=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

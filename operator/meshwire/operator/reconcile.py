@@ -16,11 +16,12 @@ from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Mode, missing_families
 from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.operator import claims, phases, rotation, summary
+from meshwire.operator import claims, phases, rotation, secrecy, summary
 from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
-from meshwire.operator.objects import Config, KeySecret, Node
+from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
 from meshwire.operator.phases import Order
+from meshwire.operator.secrecy import Next, Secrecy
 from meshwire.operator.summary import Pressure
 
 ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
@@ -29,10 +30,10 @@ ISSUING = frozenset({Phase.ENABLING, Phase.ENFORCING})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """Everything by node name. `status` None: there is no MeshStatus yet. `found_cidrs`: what the
-    cluster's own configuration tells of its pod CIDRs; None where it couldn't be read. `recent_ids`:
-    numbers freed lately, the longest free first. `published`: what agents can know of pods on nodes without
-    CIDR. `pressure` None: not known yet."""
+    """Everything by node name, epoch secrets by epoch. `status` None: there is no MeshStatus yet.
+    `found_cidrs`: what the cluster's own configuration tells of its pod CIDRs; None where it couldn't be
+    read. `recent_ids`: numbers freed lately, the longest free first. `published`: what agents can know of
+    pods on nodes without CIDR. `pressure` None: not known yet."""
 
     nodes: Mapping[str, Node]
     mesh_nodes: Mapping[str, MeshNode]
@@ -44,6 +45,7 @@ class Inputs:
     now: datetime
     published: Published = Published()
     pressure: Pressure | None = None
+    epoch_secrets: Mapping[str, EpochSecret] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,8 @@ class DeleteMeshNode:
 @dataclass(frozen=True, slots=True)
 class IssueKey:
     """A new key pair for the node and the epoch, into the Secret; `secret` is the one to replace, of which
-    the key of epoch `beside` stays. `renewed` where a key of this epoch was there before."""
+    the key of epoch `beside` stays. `renewed` where a key of this epoch was there before. `secret_digest`:
+    of the epoch secret that goes with it; empty: none does."""
 
     node: str
     epoch: int
@@ -83,6 +86,19 @@ class IssueKey:
     secret: KeySecret | None
     renewed: bool
     beside: int = 0
+    secret_digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MakeEpochSecret:
+    """Unless there is one."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteEpochSecret:
+    secret: EpochSecret
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +137,14 @@ class WriteConfigStatus:
 class WriteStatus:
     """`create`: the MeshStatus has to be made first. `under_pressure`: policy maps of some node fill up, as
     they did not before. `previous` is the status before; `left_out` are nodes that a rotation which ends
-    with this didn't wait for."""
+    with this didn't wait for. `secret_lost`: the epoch secret is gone, and only another epoch helps."""
 
     status: MeshStatus
     create: bool
     previous: MeshStatus
     under_pressure: bool = False
     left_out: tuple[str, ...] = ()
+    secret_lost: bool = False
 
 
 Action = (
@@ -135,6 +152,8 @@ Action = (
     | PatchSpec
     | DeleteMeshNode
     | IssueKey
+    | MakeEpochSecret
+    | DeleteEpochSecret
     | WithdrawKeys
     | AdoptSecret
     | DeleteSecret
@@ -179,6 +198,7 @@ def reconcile(inputs: Inputs) -> Plan:
     config = inputs.config.config if inputs.config else None
     order = _next_order(inputs, previous, highest)
     highest = max(highest, order.epoch)
+    secret = _secrecy(inputs, order)
     cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
     shares, conflicts = claims.settle(nodes, mesh_nodes, inputs.secrets)
     numbers = claims.allocate_ids(
@@ -216,13 +236,15 @@ def reconcile(inputs: Inputs) -> Plan:
                 config=config,
                 may_begin=bool(live) and all(phases.arrived(node, order) for node in mesh_nodes.values()),
                 moved=phases.all_rotated(order, live),
+                secret_lost=secret.next is Next.ANOTHER_EPOCH,
                 now=inputs.now,
             ),
             now=inputs.now,
         )
     )
     actions = chain(
-        _secret_actions(inputs, order),
+        _secret_actions(inputs, order, secret),
+        _epoch_secret_actions(inputs, order, secret),
         (
             CreateMeshNode(name, nodes[name].uid, spec)
             for name, spec in specs.items()
@@ -247,6 +269,7 @@ def reconcile(inputs: Inputs) -> Plan:
                     previous,
                     _begins(previous, status),
                     _left_out(inputs, previous, status, order),
+                    secret.next is Next.ANOTHER_EPOCH,
                 )
             ]
             if inputs.status is None or status != inputs.status
@@ -271,6 +294,7 @@ def highest_epoch(inputs: Inputs) -> int:
             (node.spec.retiring for node in inputs.mesh_nodes.values()),
             (key.epoch for node in inputs.mesh_nodes.values() for key in node.spec.keys),
             (key.epoch for secret in inputs.secrets.values() for key in secret.keys),
+            (secret.epoch for secret in inputs.epoch_secrets.values()),
         )
     )
 
@@ -355,7 +379,37 @@ def _spec(
     )
 
 
-def _secret_actions(inputs: Inputs, order: Order) -> list[Action]:
+def _secrecy(inputs: Inputs, order: Order) -> Secrecy:
+    """Of the order's epoch."""
+    if order.phase not in ISSUING:
+        return Secrecy(Next.NOTHING)
+    keys = chain(
+        (key for node in inputs.mesh_nodes.values() for key in node.spec.keys),
+        (key for secret in inputs.secrets.values() for key in secret.keys),
+    )
+    config = inputs.config.config if inputs.config else None
+    return secrecy.of_epoch(
+        {key.secret_digest for key in keys if key.epoch == order.epoch},
+        inputs.epoch_secrets.get(str(order.epoch)),
+        wanted=config.encryption.preshared_keys if config else True,
+    )
+
+
+def _epoch_secret_actions(inputs: Inputs, order: Order, secret: Secrecy) -> Iterable[Action]:
+    orders = [phases.order_of(node.spec) for node in inputs.mesh_nodes.values()]
+    # Its order comes first, as with keys.
+    if secret.next is Next.SECRET and any(given.epoch == order.epoch for given in orders):
+        yield MakeEpochSecret(order.epoch)
+    used = {key.epoch for node in inputs.mesh_nodes.values() for key in node.spec.keys}
+    for each in (order, *orders):
+        if each.phase is not Phase.OFF:
+            used |= {each.epoch, each.retiring}
+    for _, kept in sorted(inputs.epoch_secrets.items()):
+        if kept.epoch not in used:
+            yield DeleteEpochSecret(kept)
+
+
+def _secret_actions(inputs: Inputs, order: Order, secrecy: Secrecy) -> list[Action]:
     actions: list[Action] = []
     mesh_nodes = inputs.mesh_nodes
     # Off may be ordered while some node has not heard of it: keys go when every order says Off.
@@ -381,13 +435,20 @@ def _secret_actions(inputs: Inputs, order: Order) -> list[Action]:
         known = inputs.secrets.get(name)
         if known and known.owner != node.uid:
             continue
-        has_key = known is not None and known.public_key(order.epoch) is not None
+        key = known.key(order.epoch) if known else None
+        lost = secrecy.next is Next.ANOTHER_EPOCH
+        # Where the epoch secret is lost, whoever has a key keeps it.
+        has_key = key is not None and (lost or key.secret_digest == secrecy.digest)
         if known is None or not has_key or known.sealed_to != sealing_key:
             if _is_stolen(node, known) and node.spec.keys:
                 continue
-            renewed = has_key or node.spec.public_key(order.epoch) is not None
+            if secrecy.next is not Next.NOTHING:
+                continue
+            renewed = key is not None or node.spec.public_key(order.epoch) is not None
             beside = order.retiring if known and known.sealed_to == sealing_key else 0
-            actions.append(IssueKey(name, order.epoch, sealing_key, node.uid, known, renewed, beside))
+            actions.append(
+                IssueKey(name, order.epoch, sealing_key, node.uid, known, renewed, beside, secrecy.digest)
+            )
             continue
         used = {order.epoch, order.retiring, *(key.epoch for key in node.spec.keys)}
         if ended := tuple(key.epoch for key in known.keys if key.epoch not in used):

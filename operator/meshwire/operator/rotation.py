@@ -61,9 +61,11 @@ def follow(
     may_begin: bool,
     moved: bool,
     now: datetime,
+    secret_lost: bool = False,
 ) -> Rotated:
     """What to say of rotations under `order`. `may_begin`: the order has reached all nodes, and some node
-    is live. `moved`: all live nodes send by the new keys."""
+    is live. `moved`: all live nodes send by the new keys. `secret_lost`: no more keys of this epoch can be
+    issued."""
     rotation, handled = previous.rotation, previous.handled_request
     result = Rotated(
         rotation=rotation, last=previous.last_rotation, count=previous.rotations, handled=handled
@@ -94,7 +96,7 @@ def follow(
         )
     due = falls_due(order, previous, config)
     is_asked = bool(request) and request != handled
-    if not may_begin or not (is_asked or (due is not None and now >= due)):
+    if not may_begin or not (is_asked or secret_lost or (due is not None and now >= due)):
         return result
     begun = Rotation(
         from_epoch=order.epoch,

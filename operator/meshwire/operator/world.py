@@ -19,7 +19,7 @@ from meshwire.api.meshstatus import MeshStatus
 from meshwire.kube.client import ApiError, Client, Object
 from meshwire.operator import cidrs
 from meshwire.operator.cidrs import Published
-from meshwire.operator.objects import Config, KeySecret, Node, mesh_node
+from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node, mesh_node
 from meshwire.operator.reconcile import Inputs
 from meshwire.operator.store import Overlay
 from meshwire.operator.summary import Pressure
@@ -68,6 +68,9 @@ class World:
     nodes: Overlay[Node] = field(default_factory=Overlay)
     mesh_nodes: Overlay[MeshNode] = field(default_factory=Overlay)
     secrets: Overlay[KeySecret] = field(default_factory=Overlay)
+    epoch_secrets: Overlay[EpochSecret] = field(default_factory=Overlay)
+    """Nobody watches them: none but the operator changes them."""
+    private_namespace: str = names.OPERATOR_NAMESPACE
     configs: Overlay[Config] = field(default_factory=Overlay)
     statuses: Overlay[MeshStatus] = field(default_factory=Overlay)
     recent_ids: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT_IDS))
@@ -94,6 +97,7 @@ class World:
             nodes=self.nodes.over(watched.nodes),
             mesh_nodes=mesh_nodes,
             secrets=self.secrets.over(watched.secrets),
+            epoch_secrets=self.epoch_secrets.over({}),
             config=config,
             status=self.statuses.over(watched.statuses).get(names.STATUS_NAME),
             found_cidrs=self._found_cidrs,
@@ -113,6 +117,13 @@ class World:
             labelSelector=names.NODE_LABEL,
         )
         self.secrets.listed(secrets, watched.secrets, version)
+        epoch_secrets, version = await list_all(
+            self.client,
+            secrets_path(self.private_namespace),
+            EpochSecret.from_object,
+            labelSelector=names.EPOCH_SECRET_LABEL,
+        )
+        self.epoch_secrets.listed(epoch_secrets, {}, version)
         mesh_nodes, version = await list_all(self.client, f"{MESH_PATH}/{names.MESHNODES}", mesh_node)
         self.mesh_nodes.listed(mesh_nodes, watched.mesh_nodes, version)
         nodes, version = await list_all(self.client, "/api/v1/nodes", Node.from_object)
