@@ -228,6 +228,10 @@ REASONS: Final[Mapping[str, tuple[str, str]]] = {
         "nodes have no pod CIDR: packets of pods that nobody has heard of yet would leave in clear",
         "set spec.network.clusterCIDRs in the MeshConfig to all pod addresses of the cluster",
     ),
+    "EpochSecretDiffers": (
+        "nodes whose epoch secrets differ have no tunnel, rather than one without a preshared key",
+        f"new keys end it: meshwire rotate; the operator's log says how it came about: {OPERATOR_LOG}",
+    ),
     "KeyRefused": (
         "a key that was sealed for somebody else, or for another epoch, is never used",
         "if nobody tampers with Secrets, delete the Secret the message names: the operator makes a new one",
