@@ -208,7 +208,7 @@ class Kernel:
                 self._maps().ipcache.delete_singles(addresses)
             case plans.WriteNodes(entries):
                 for number, device in entries:
-                    self._maps().nodes.update(number, self._index(device) if device else 0)
+                    self._maps().nodes.update(number, self._way(device))
             case plans.WriteSettings(settings):
                 self._maps().settings.write(
                     SettingsEntry(
@@ -260,6 +260,12 @@ class Kernel:
                 if state := self._seen.wireguard.get(action.name):
                     wireguard = {**self._seen.wireguard, action.name: after_change(state, action)}
                     self._seen = replace(self._seen, wireguard=wireguard)
+
+    def _way(self, device: str) -> int:
+        """What `nodes` has for a device's name, as in WriteNodes."""
+        if device == plans.QUARANTINED:
+            return layouts.QUARANTINED
+        return self._index(device) if device else 0
 
     def _index(self, name: str) -> int:
         if (index := netlink.find_index(self._ipr, name)) is None:
@@ -353,7 +359,7 @@ class Kernel:
         if self._loaded is None or not (self._settings.pin_directory / "ipcache").exists():
             return None
         maps = self._loaded.maps
-        settings = maps.settings.read()
+        settings, nodes = maps.settings.read(), maps.nodes.read()
         if before:
             addresses, pods = before.addresses, before.pods
         else:
@@ -361,7 +367,8 @@ class Kernel:
         return Datapath(
             addresses=addresses,
             pods=pods,
-            nodes=maps.nodes.read(),
+            nodes={number: index for number, index in nodes.items() if index != layouts.QUARANTINED},
+            quarantined=frozenset(number for number, index in nodes.items() if index == layouts.QUARANTINED),
             settings=DatapathSettings(
                 SettingsFlags(settings.flags), settings.local_node, settings.tunnel_mtu
             ),

@@ -190,7 +190,8 @@ class Hands:
     async def _delete_secret(self, action: DeleteSecret) -> None:
         secret = action.secret
         found = await self.client.find(f"{MESH_NODES}/{secret.node}")
-        if found and mesh_node(found).spec.phase is not Phase.OFF:
+        spec = mesh_node(found).spec if found else None
+        if spec and spec.phase is not Phase.OFF and not spec.revocation:
             raise Outdated(f"the MeshNode of {secret.node} still needs its key")
         await self._delete(
             f"{secrets_path(self.world.namespace)}/{names.secret_name(secret.node)}", secret.uid
@@ -283,7 +284,7 @@ class Hands:
                 )
             )
 
-        for event in rotation_news(action, uid):
+        for event in (*rotation_news(action, uid), *quarantine_news(action)):
             self.announce(event)
 
         pressure = conditions.find(action.status.conditions, conditions.POLICY_MAP_PRESSURE)
@@ -349,6 +350,36 @@ def rotation_news(action: WriteStatus, uid: str) -> Iterator[Event]:
                 "RotateKeys",
                 f"not live while keys changed: it joins epoch {last.epoch} when it is back",
                 warning=True,
+            )
+
+
+def quarantine_news(action: WriteStatus) -> Iterator[Event]:
+    """Events for what this status is the first to tell of nodes in quarantine."""
+    before = {(each.node, each.revocation): each for each in action.previous.quarantines}
+    after = {(each.node, each.revocation): each for each in action.status.quarantines}
+    for key, each in sorted(after.items()):
+        known = before.get(key)
+        if known is None:
+            yield _node_event(
+                each.node,
+                "",
+                "Quarantined",
+                "Quarantine",
+                "its keys are withdrawn; the others let go of it",
+                warning=True,
+            )
+        if each.revoked_at and not (known and known.revoked_at):
+            yield _node_event(
+                each.node,
+                "",
+                "Revoked",
+                "Quarantine",
+                f"no live node has it as a peer any more, {each.seconds:.1f} s after it was quarantined",
+            )
+    for key, each in sorted(before.items()):
+        if key not in after:
+            yield _node_event(
+                each.node, "", "QuarantineEnded", "Quarantine", "it may join again, with new keys"
             )
 
 

@@ -16,7 +16,7 @@ from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Mode, missing_families
 from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.operator import claims, phases, rotation, summary
+from meshwire.operator import claims, phases, quarantine, rotation, summary
 from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, KeySecret, Node
@@ -181,6 +181,12 @@ def reconcile(inputs: Inputs) -> Plan:
     highest = max(highest, order.epoch)
     cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
     shares, conflicts = claims.settle(nodes, mesh_nodes, inputs.secrets)
+    quarantines = quarantine.follow(
+        previous.quarantines,
+        mesh_nodes,
+        live=[name for name, node in nodes.items() if node.live],
+        now=inputs.now,
+    )
     numbers = claims.allocate_ids(
         sorted(nodes, key=lambda name: (nodes[name].created, name)),
         inputs.mesh_nodes,
@@ -191,7 +197,14 @@ def reconcile(inputs: Inputs) -> Plan:
             # Nobody is to take the old keys for the node's any more when it gets new ones.
             shares[name].keys.clear()
     specs = {
-        name: _spec(mesh_nodes.get(name), numbers[name], shares[name], cidrs, order)
+        name: _spec(
+            mesh_nodes.get(name),
+            numbers[name],
+            shares[name],
+            cidrs,
+            order,
+            quarantine.revocation_of(mesh_nodes.get(name), quarantines, has_secret=name in inputs.secrets),
+        )
         for name in sorted(nodes)
         if name in numbers
     }
@@ -209,6 +222,7 @@ def reconcile(inputs: Inputs) -> Plan:
             config_problem=problem,
             scope=scope,
             pressure=inputs.pressure,
+            quarantines=quarantines,
             previous=previous,
             rotated=rotation.follow(
                 previous,
@@ -305,10 +319,12 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
 
 
 def _live(inputs: Inputs) -> tuple[MeshNode, ...]:
-    """Of live nodes; none while one of them has no MeshNode."""
+    """Of live nodes; none while one of them has no MeshNode. Nothing waits for a node in quarantine."""
     if not all(name in inputs.mesh_nodes for name, node in inputs.nodes.items() if node.live):
         return ()
-    return tuple(node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live)
+    return tuple(
+        node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live and not node.spec.is_out
+    )
 
 
 def _is_stolen(node: MeshNode | None, secret: KeySecret | None) -> bool:
@@ -331,13 +347,20 @@ def _left_out(inputs: Inputs, previous: MeshStatus, status: MeshStatus, order: O
         sorted(
             name
             for name, node in inputs.mesh_nodes.items()
-            if not inputs.nodes[name].live and node.status.active_epoch != order.epoch
+            if not inputs.nodes[name].live
+            and not node.spec.is_out
+            and node.status.active_epoch != order.epoch
         )
     )
 
 
 def _spec(
-    current: MeshNode | None, number: int, share: Share, cidrs: tuple[Network, ...], order: Order
+    current: MeshNode | None,
+    number: int,
+    share: Share,
+    cidrs: tuple[Network, ...],
+    order: Order,
+    revocation: int,
 ) -> Spec:
     told = phases.order_of(current.spec) if current else None
     own = phases.order_for(told, order)
@@ -347,11 +370,13 @@ def _spec(
         pod_cidrs=tuple(share.pod_cidrs),
         cluster_cidrs=cidrs,
         keys=()
-        if own.phase is Phase.OFF
+        if own.phase is Phase.OFF or revocation
         else tuple(key for key in share.keys if key.epoch in (own.epoch, own.retiring)),
         phase=own.phase,
         epoch=own.epoch,
         retiring=own.retiring,
+        quarantined=current is not None and current.spec.quarantined,
+        revocation=revocation,
     )
 
 
@@ -369,6 +394,9 @@ def _secret_actions(inputs: Inputs, order: Order) -> list[Action]:
             actions.append(DeleteSecret(secret))
         elif name not in mesh_nodes:
             continue
+        elif mesh_nodes[name].spec.revocation:
+            # Published nowhere any more: what is left of them is the node's own copy.
+            actions.append(DeleteSecret(secret))
         elif secret.owner != mesh_nodes[name].uid:
             actions.append(AdoptSecret(secret, mesh_nodes[name].uid))
     if order.phase not in ISSUING:
@@ -376,7 +404,7 @@ def _secret_actions(inputs: Inputs, order: Order) -> list[Action]:
     for name, node in sorted(mesh_nodes.items()):
         sealing_key = node.status.sealing_key
         # Its order comes first: an epoch that is in no spec could be forgotten, and used again.
-        if sealing_key is None or phases.order_of(node.spec) != order:
+        if sealing_key is None or phases.order_of(node.spec) != order or node.spec.is_out:
             continue
         known = inputs.secrets.get(name)
         if known and known.owner != node.uid:
