@@ -204,6 +204,17 @@ class OperatorMachine(RuleBasedStateMachine):
             spec = replace(node.spec, quarantined=quarantined)
             self.server.write("mesh_nodes", replace(node, spec=spec, generation=node.generation + 1))
 
+    @rule(name=st.sampled_from(NODES), prompt=st.sets(st.sampled_from(NODES)), rounds=st.integers(0, 3))
+    def a_quarantine_passes(self, name: str, prompt: set[str], rounds: int) -> None:
+        """Sooner than all have heard of it."""
+        self.quarantine(name, True)
+        for _ in range(rounds):
+            self.everything_is_seen_and_written()
+            self.agents_work(prompt, True, True)
+        self.quarantine(name, False)
+        for _ in range(3):
+            self.everything_is_seen_and_written()
+
     @rule(name=st.sampled_from(NODES), able=st.booleans(), reaches=st.booleans())
     def agent_acts(self, name: str, able: bool = True, reaches: bool = True) -> None:
         """Reads its orders and, if it is able to, carries them out; `reaches`: the handshakes with all
