@@ -21,7 +21,7 @@ from meshwire.agent.settings import Settings
 from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Userspace
 from meshwire.api.meshnode import Implementation
-from meshwire.bpf import layouts, loader, tc
+from meshwire.bpf import layouts, loader, migrate, tc
 from meshwire.bpf.layouts import Reason
 from meshwire.bpf.maps import AddressEntry as MapAddress
 from meshwire.bpf.maps import Counter, Maps, SettingsEntry
@@ -330,7 +330,7 @@ class Kernel:
         if self._loaded:
             self._loaded.close()
             self._loaded = None
-        programs = loader.Programs.load(self._settings.pin_directory)
+        programs = migrate.load(self._settings.pin_directory)
         try:
             self._loaded = _Loaded(programs, Maps.open(self._settings.pin_directory))
         except BaseException:
