@@ -13,6 +13,7 @@ import yaml
 from meshwire.agent.loop import Health
 from meshwire.agent.metrics import format_metrics
 from meshwire.agent.policy.room import Fill
+from meshwire.operator.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +80,7 @@ def test_containers_are_confined(container: dict[str, Any]) -> None:
 def test_alerts_are_on_metrics_that_there_are() -> None:
     health = Health(policy_maps={"policy": Fill(1, 2)})
     there = {line.partition("{")[0].split()[0] for line in format_metrics(health, 0.0)}
+    there |= {sample.name for metric in Metrics().registry.collect() for sample in metric.samples}
     (rules,) = of_kind("PrometheusRule")
     asked = [
         name

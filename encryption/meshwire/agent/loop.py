@@ -164,6 +164,7 @@ class Agent:
         self._written = 0.0
         self._published: Status | None = None
         self._left: float | None = None
+        self._moved: frozenset[int] = frozenset()
         self._failures = 0
         self.health = Health()
 
@@ -223,7 +224,7 @@ class Agent:
         self.health.seconds = time.monotonic() - self.health.last_run
         self.health.desired, self.health.observed = outcome.desired, outcome.observed
         self.health.metrics = outcome.metrics
-        remaining = self._until_drained(outcome)
+        remaining = self._until_drained(outcome, world.status or Status())
         drained = remaining == 0
         delay = await self._report(world, own, outcome, version, drained=drained) if own else RESYNC
         if remaining:
@@ -258,9 +259,16 @@ class Agent:
             return replace(self._outcome, applied=(), problems=(*problems, problem), failed=True)
         return self._outcome
 
-    def _until_drained(self, outcome: Outcome) -> float | None:
+    def _until_drained(self, outcome: Outcome, told: Status) -> float | None:
         """Seconds until the tunnels that were left can be taken for empty. None: they weren't left."""
         now = time.monotonic()
+        if outcome.desired and outcome.desired.retiring and outcome.desired.phase is not Phase.DRAINING:
+            moved = report.has_just_moved(outcome.desired, outcome.observed, told)
+            if moved - self._moved:
+                self._left = now
+            self._moved = moved
+            return max(0.0, self._left + DRAIN - now) if moved and self._left is not None else 0.0
+        self._moved = frozenset()
         draining = outcome.desired is not None and outcome.desired.phase is Phase.DRAINING
         if not draining or outcome.failed or report.sends_encrypted(outcome.observed):
             self._left = None

@@ -288,7 +288,8 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     #     told its peers. On current kernels wireguard-go takes its device for up from the start and shakes
     #     hands with peers that it knows; they would move to a device that throws away what they send.
     #  7. Nodes whose device was not in place before get it: up and configured, it queues until the handshake
-    #     is done.
+    #     is done. While keys change, the new epoch's device goes through 6 and 7 before the old one loses
+    #     peers that have moved: WireGuard answers whatever has no peer with an ICMP error.
     #  8. Settings become stricter: every way that exists is in use by now.
     #  9. What is too much goes: addresses, programs on devices that carry no pod traffic, devices.
     # Single pod addresses come to peers of devices that are in place before anything is sent by them, and
@@ -328,11 +329,11 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
 
     wanted = desired.attachments - observed.attachments
     yield from (Attach(attachment) for attachment in sorted(wanted) if attachment.device not in DEVICES)
-    for device in desired.devices:
+    for device in sorted(desired.devices, key=lambda device: device.epoch != desired.epoch):
         attach = sorted(attachment for attachment in wanted if attachment.device == device.name)
         yield from _device_actions(device, observed, attach, with_pods=device.name not in told)
-    if later:
-        yield WriteNodes(later)
+        if entries := tuple(entry for entry in later if entry[1] == device.name):
+            yield WriteNodes(entries)
     if milder != desired.settings:
         yield WriteSettings(desired.settings)
 

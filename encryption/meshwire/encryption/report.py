@@ -45,7 +45,8 @@ def report(
 ) -> Status:
     """The status to publish. `generation` is that of the spec which `desired` came from, `problems` what
     went wrong besides `desired.problems`; `previous` gives the condition's transition time. `drained`: what
-    was sent into a tunnel before it was left has had its time to get out."""
+    was sent into a tunnel before it was left has had its time to get out; while keys change, a node hasn't
+    moved before."""
     status = replace(
         previous,
         observed_generation=generation,
@@ -131,6 +132,15 @@ def left_behind(desired: Desired, observed: Observed) -> frozenset[int]:
     )
 
 
+def has_just_moved(desired: Desired, observed: Observed, told: Status) -> frozenset[int]:
+    """Of a rotation: numbers of nodes that are sent to by the new epoch, and of which that was not told
+    yet."""
+    if not desired.retiring:
+        return frozenset()
+    moved = frozenset(desired.redirects) - left_behind(desired, observed)
+    return moved & frozenset(told.unreached) if told.active_epoch == desired.epoch else moved
+
+
 def waits_for(desired: Desired, observed: Observed) -> frozenset[int]:
     """Numbers of live nodes whose first handshake would change what is sent to them."""
     match desired.phase:
@@ -164,7 +174,8 @@ def _active_epoch(desired: Desired, observed: Observed, prepared: Collection[int
         case Phase.ENABLING:
             return desired.epoch if desired.epoch in prepared and not unmoved(desired, observed) else 0
         case Phase.ENFORCING | Phase.DISABLING:
-            if desired.epoch in prepared and not left_behind(desired, observed) & desired.live_ids:
+            empty = not desired.retiring or drained or desired.retiring not in prepared
+            if desired.epoch in prepared and empty and not left_behind(desired, observed) & desired.live_ids:
                 # Nothing leaves by another way: who is not reached through the epoch is not reached.
                 return desired.epoch
             return desired.retiring if desired.retiring in prepared else 0
