@@ -95,7 +95,20 @@ class Hands:
             f"{MESH_NODES}/{action.node}",
             {"metadata": {"resourceVersion": action.resource_version}, "spec": action.spec.to_dict()},
         )
-        self.world.mesh_nodes.wrote(mesh_node(patched))
+        written = mesh_node(patched)
+        self.world.mesh_nodes.wrote(written)
+        if action.stolen:
+            self.announce(
+                _node_event(
+                    action.node,
+                    written.uid,
+                    "KeyWithdrawn",
+                    "WithdrawKey",
+                    "it has another sealing key than its keys are sealed to: its host's disk is another, and"
+                    " nobody is to take who has the old one for this node",
+                    warning=True,
+                )
+            )
 
     async def _delete_mesh_node(self, action: DeleteMeshNode) -> None:
         node = await self.client.find(f"{NODES}/{action.node}")
@@ -158,8 +171,7 @@ class Hands:
                 action.owner,
                 "KeyRenewed" if action.renewed else "KeyIssued",
                 "IssueKey",
-                f"new key for epoch {epoch}"
-                + (": the node's sealing key is another, or its Secret was gone" if action.renewed else ""),
+                f"new key for epoch {epoch}{why_renewed(action) if action.renewed else ''}",
                 warning=action.renewed,
             )
         )
@@ -310,6 +322,15 @@ class Hands:
         except ApiError as error:
             if error.status != 404:
                 raise
+
+
+def why_renewed(action: IssueKey) -> str:
+    """For a key that follows one of the same epoch."""
+    if action.secret is None:
+        return ": its Secret was gone"
+    if action.secret.sealed_to != action.sealing_key:
+        return ": its sealing key is another; the key sealed to the one before was withdrawn"
+    return ": its Secret held none"
 
 
 def rotation_news(action: WriteStatus, uid: str) -> Iterator[Event]:

@@ -56,9 +56,12 @@ class CreateMeshNode:
 
 @dataclass(frozen=True, slots=True)
 class PatchSpec:
+    """`stolen`: the node's keys are withdrawn with this because its sealing key is another."""
+
     node: str
     resource_version: str
     spec: Spec
+    stolen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +246,15 @@ def reconcile(inputs: Inputs) -> Plan:
             if name not in mesh_nodes
         ),
         (
-            PatchSpec(name, mesh_nodes[name].resource_version, spec)
+            PatchSpec(
+                name,
+                mesh_nodes[name].resource_version,
+                spec,
+                bool(mesh_nodes[name].spec.keys)
+                and not spec.keys
+                and not spec.is_out
+                and _is_stolen(mesh_nodes[name], inputs.secrets.get(name)),
+            )
             for name, spec in specs.items()
             if name in mesh_nodes and mesh_nodes[name].spec != spec
         ),
