@@ -1,4 +1,4 @@
-"""A node whose host has lost its disk: its old key is withdrawn before a new one is made, and both are told."""
+"""A node whose host has lost its disk: its old key goes before a new one is made, and both are told."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def reconcile(inputs: Inputs) -> Plan:
         (
             LiftTaint(name)
             for name, node in sorted(nodes.items())
-            if node.tainted and name in mesh_nodes and mesh_nodes[name].ready
+            if node.tainted and name in mesh_nodes and _is_guarded(mesh_nodes[name], inputs)
         ),
         _config_actions(inputs, problem),
         (
@@ -336,6 +336,16 @@ def _live(inputs: Inputs) -> tuple[MeshNode, ...]:
     return tuple(
         node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live and not node.spec.is_out
     )
+
+
+def _is_guarded(node: MeshNode, inputs: Inputs) -> bool:
+    """All that the MeshConfig asks for is in force on the node: pods may come. Where nobody can say what is
+    wanted, they wait."""
+    if inputs.config and inputs.config.config is None:
+        return False
+    config = inputs.config.config if inputs.config else None
+    judges = inputs.pressure is not None and node.name in inputs.pressure.judging
+    return node.ready and not node.spec.is_out and (judges or not (config and config.policy.enabled))
 
 
 def _is_stolen(node: MeshNode | None, secret: KeySecret | None) -> bool:

@@ -58,10 +58,11 @@ LEFT_OUT: Final[Mapping[str, str]] = {
 @dataclass(frozen=True, slots=True)
 class Pressure:
     """What the nodes report of their policy maps. `enabled`: any node judges packets by policies; `nodes`:
-    maps that fill up, of those nodes that have such."""
+    maps that fill up, of those nodes that have such; `judging`: which nodes do judge."""
 
     enabled: bool
     nodes: Mapping[str, tuple[MapPressure, ...]]
+    judging: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
