@@ -81,3 +81,55 @@ def test_a_nodes_life_costs_the_others_nothing(encrypted: Exercise, tmp_path: Pa
     assert report and report.clear == 0 and report.wireguard_by_type.get(4, 0) > 100, report
     for node in UNTOUCHED:
         assert encrypted.mesh_node(node)["status"]["peers"] == len(lab.nodes) - 1
+    encrypted.wait_until(lambda: not encrypted.leftovers(), "nothing is left")
+    assert not encrypted.leftovers()
+
+
+def test_no_pod_runs_on_a_node_before_its_datapath_is_in_force(encrypted: Exercise) -> None:
+    """The operator is away while the node joins, so nobody tells it what to do."""
+    lab = encrypted.lab
+    eager = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "eager", "namespace": "default"},
+        "spec": {
+            "nodeSelector": {"kubernetes.io/hostname": GUEST},
+            "terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "eager", "image": "host", "command": ["sleep", "600"]}],
+        },
+    }
+    lab.apply(eager)
+    lab.stop_operator()
+    try:
+        lab.add_node(GUEST, wait=False)
+        encrypted.wait_until(
+            lambda: (
+                "True"
+                in lab.kubectl(
+                    "get",
+                    "node",
+                    GUEST,
+                    "-o",
+                    'jsonpath={.status.conditions[?(@.type=="Ready")].status}',
+                    check=False,
+                )
+            ),
+            f"{GUEST} is Ready",
+        )
+        time.sleep(3)
+        taints = lab.get("node", GUEST)["spec"]["taints"]
+        assert "meshwire.dev/agent-not-ready" in [taint["key"] for taint in taints]
+        assert "nodeName" not in lab.get("pod", "eager")["spec"]
+        lab.start_operator()
+        lab.kubectl("wait", "pod/eager", "--for=condition=Ready", "--timeout=60s")
+        assert any(each.startswith("DatapathReady") for each in events(encrypted, GUEST))
+        # Its datapath breaks, and the taint stays away: what runs there is guarded by what is in the kernel.
+        lab.stop_agent(GUEST, kill=True)
+        time.sleep(2)
+        assert not lab.get("node", GUEST)["spec"].get("taints")
+    finally:
+        if lab.pid("operator") is None:
+            lab.start_operator()
+        lab.kubectl("delete", "pod", "eager", "--now")
+        lab.remove_node(GUEST)
+        encrypted.wait_for_probes()
