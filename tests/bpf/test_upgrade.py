@@ -3,6 +3,7 @@ and nothing in clear, and what goes wrong on the way leaves the version before i
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -19,8 +21,9 @@ from tests.bpf import test_redirect
 from tests.bpf.spaces import inside
 from tests.bpf.test_redirect import FAMILIES, Node, families, joined, pod_address
 
-from meshwire.bpf import loader, migrate, tc
+from meshwire.bpf import loader, migrate, policylayouts, tc
 from meshwire.bpf import packets as p
+from meshwire.bpf._elements import items, open_pinned, update
 from meshwire.bpf.layouts import AddressFlag, Direction, Reason, SettingsFlag
 from meshwire.bpf.loader import IncompatibleMap, Programs
 from meshwire.bpf.maps import AddressEntry, Counter, Maps, SettingsEntry
@@ -57,12 +60,10 @@ def rebuilt(objects: Path, tmp_path: Path) -> Callable[[Changes], Path]:
         for part in ("include", "src"):
             shutil.copytree(ROOT / "bpf" / part, folder / part)
         shutil.copy(ROOT / "bpf" / "Makefile", folder)
-        header = folder / "include" / "meshwire" / "types.h"
-        text = header.read_text()
+        headers = [folder / "include" / "meshwire" / name for name in ("types.h", "policy_types.h")]
         for old, new in changes.items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        header.write_text(text)
+            (header,) = (each for each in headers if old in each.read_text())
+            header.write_text(header.read_text().replace(old, new))
         subprocess.run(["make", "-s", "-C", folder, "programs"], check=True)
         return folder / loader.OBJECTS.relative_to(ROOT / "bpf")
 
@@ -173,6 +174,40 @@ def test_stopped_on_the_way_the_next_one_begins_where_it_was(
     # Python reads the layout that it was built with.
     migrate.load(own_pins, objects=objects).close()
     check_content(own_pins)
+
+
+def test_what_policy_has_let_through_is_let_through_after(
+    own_pins: Path, objects: Path, rebuilt: Callable[[Changes], Path]
+) -> None:
+    """Connections that are open don't end by an upgrade: the other version knows them."""
+    wanted = {}
+    with Programs.load(own_pins, objects=loader.POLICY_OBJECTS), ExitStack() as resources:
+        flows = open_pinned(own_pins / "flows", resources)
+        for number in range(100):
+            key = policylayouts.FlowKey(
+                src=(ctypes.c_uint8 * 16)(10, 1, 1, 9),
+                dst=(ctypes.c_uint8 * 16)(10, 1, 2, number),
+                sport=number,
+                family=4,
+                protocol=17,
+                direction=number % 2,
+            )
+            value = policylayouts.Flow(
+                expires=2**60 + number, revision=7, peer=number, reason=Reason.POLICY_ALLOWED
+            )
+            update(flows, key, value, "a flow")
+            wanted[bytes(key)] = bytes(value)
+        other = rebuilt(
+            {
+                "#define MW_MAX_FLOWS 262144": "#define MW_MAX_FLOWS 1024",
+                "struct mw_flow {\n\t__u64 expires;": "struct mw_flow {\n\t__u64 since;\n\t__u64 expires;",
+            }
+        )
+        with migrate.load(own_pins, objects=other / "policy"):
+            with migrate.load(own_pins, objects=loader.POLICY_OBJECTS):
+                carried = open_pinned(own_pins / "flows", resources)
+                found = items(carried, policylayouts.FlowKey, policylayouts.Flow)
+                assert {bytes(key): bytes(value) for key, value in found} == wanted
 
 
 @families

@@ -79,8 +79,13 @@ def test_a_nodes_life_costs_the_others_nothing(encrypted: Exercise, tmp_path: Pa
     print(f"{flows.packets} packets between the others, {flows.lost} lost; on the wire: {report}")
     assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
     assert report and report.clear == 0 and report.wireguard_by_type.get(4, 0) > 100, report
-    for node in UNTOUCHED:
-        assert encrypted.mesh_node(node)["status"]["peers"] == len(lab.nodes) - 1
+    # A count alone is told of within ten seconds.
+    encrypted.wait_until(
+        lambda: all(
+            encrypted.mesh_node(node)["status"]["peers"] == len(lab.nodes) - 1 for node in UNTOUCHED
+        ),
+        "nobody has it as a peer any more",
+    )
     encrypted.wait_until(lambda: not encrypted.leftovers(), "nothing is left")
     assert not encrypted.leftovers()
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -98,7 +99,9 @@ def _copy(source: Path, target: Path) -> None:
             copies = (
                 check(library().libbpf_num_possible_cpus(), "counting CPUs") if old.type in _PERCPU else 1
             )
-            for each, content in _elements(old_fd, old.key_size, old.value_size, copies):
+            elements = _elements(old_fd, old.key_size, old.value_size, copies)
+            # Programs go on writing: where an element goes that was read last, the kernel begins anew.
+            for each, content in islice(elements, 2 * old.max_entries):
                 size = len(content) // copies
                 parts = [value(content[at : at + old.value_size]) for at in range(0, len(content), size)]
                 if copies > 1:
@@ -125,7 +128,7 @@ def _elements(fd: int, key_size: int, value_size: int, copies: int) -> Iterator[
         check(result, "reading a map")
         previous = ctypes.create_string_buffer(key.raw, key_size)
         result = library().bpf_map_lookup_elem(fd, key, value)
-        # Programs go on writing: an element may be gone meanwhile.
+        # It may be gone meanwhile.
         if result != -errno.ENOENT:
             check(result, "reading a map")
             yield key.raw, value.raw
