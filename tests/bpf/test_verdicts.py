@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from meshwire.bpf import packets as p
-from meshwire.bpf.layouts import AddressFlag, Direction, Reason, SettingsFlag
+from meshwire.bpf.layouts import QUARANTINED, AddressFlag, Direction, Reason, SettingsFlag
 from meshwire.bpf.loader import (
     FROM_NETDEV,
     FROM_NETDEV_L3,
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.bpf
 Address = IPv4Address | IPv6Address
 
 POD, HOST, CLUSTER = AddressFlag.POD, AddressFlag.HOST, AddressFlag.CLUSTER
-LOCAL, WITH_TUNNEL, WITHOUT_TUNNEL = 1, 2, 3
+LOCAL, WITH_TUNNEL, WITHOUT_TUNNEL, OUTCAST = 1, 2, 3, 4
 IFINDEX = 7777
 
-# Node 1 is this one; node 2 has a tunnel, node 3 none; the rest of the cluster CIDR is nobody's yet. Node
-# 2's bridge address lies inside its pod CIDR.
+# Node 1 is this one; node 2 has a tunnel, node 3 none, node 4 is quarantined; the rest of the cluster CIDR
+# is nobody's yet. Node 2's bridge address lies inside its pod CIDR.
 WORLD: dict[Network, AddressEntry] = {
     ip_network(prefix): AddressEntry(0, node, flags)
     for prefix, node, flags in (
@@ -45,20 +45,24 @@ WORLD: dict[Network, AddressEntry] = {
         ("10.1.2.0/24", WITH_TUNNEL, POD),
         ("10.1.2.1/32", WITH_TUNNEL, HOST),
         ("10.1.3.0/24", WITHOUT_TUNNEL, POD),
+        ("10.1.4.0/24", OUTCAST, POD),
         ("192.168.0.1/32", LOCAL, HOST),
         ("192.168.0.2/32", WITH_TUNNEL, HOST),
         ("192.168.0.3/32", WITHOUT_TUNNEL, HOST),
+        ("192.168.0.4/32", OUTCAST, HOST),
         ("fd00:1::/48", 0, CLUSTER),
         ("fd00:1:0:1::/64", LOCAL, POD),
         ("fd00:1:0:2::/64", WITH_TUNNEL, POD),
         ("fd00:1:0:2::1/128", WITH_TUNNEL, HOST),
         ("fd00:1:0:3::/64", WITHOUT_TUNNEL, POD),
+        ("fd00:1:0:4::/64", OUTCAST, POD),
         ("fd00:9::1/128", LOCAL, HOST),
         ("fd00:9::2/128", WITH_TUNNEL, HOST),
         ("fd00:9::3/128", WITHOUT_TUNNEL, HOST),
+        ("fd00:9::4/128", OUTCAST, HOST),
     )
 }
-NODES = {WITH_TUNNEL: IFINDEX}
+NODES = {WITH_TUNNEL: IFINDEX, OUTCAST: QUARANTINED}
 
 ADDRESSES = {
     "our pod": ("10.1.1.9", "fd00:1:0:1::9"),
@@ -70,6 +74,8 @@ ADDRESSES = {
     "bridge of the node with a tunnel": ("10.1.2.1", "fd00:1:0:2::1"),
     "pod without a tunnel": ("10.1.3.9", "fd00:1:0:3::9"),
     "node without a tunnel": ("192.168.0.3", "fd00:9::3"),
+    "pod of a quarantined node": ("10.1.4.9", "fd00:1:0:4::9"),
+    "quarantined node": ("192.168.0.4", "fd00:9::4"),
     "pod of an unknown node": ("10.1.77.9", "fd00:1:0:77::9"),
     "other pod of an unknown node": ("10.1.78.9", "fd00:1:0:78::9"),
     "the world": ("203.0.113.9", "2001:db8::9"),
@@ -97,6 +103,7 @@ def always(reason: Reason) -> dict[SettingsFlag, Reason]:
 NOT_OURS = always(Reason.NOT_OURS)
 ENCRYPTED = always(Reason.ENCRYPTED)
 CLEAR_HOST = always(Reason.CLEAR_HOST)
+QUARANTINE = always(Reason.DROP_QUARANTINED)
 NO_TUNNEL = drop_or_count(Reason.DROP_NO_TUNNEL)
 BAD_SOURCE = drop_or_count(Reason.DROP_BAD_SOURCE)
 UNKNOWN_NODE = drop_or_count(Reason.DROP_UNKNOWN_NODE)
@@ -121,6 +128,13 @@ class Case:
 
 
 EGRESS = (
+    Case("our pod to a quarantined pod", "our pod", "pod of a quarantined node", QUARANTINE),
+    Case("our node to a quarantined pod", "our node", "pod of a quarantined node", QUARANTINE),
+    Case("our pod to a quarantined node", "our pod", "quarantined node", QUARANTINE),
+    Case("our node to a quarantined node is left alone", "our node", "quarantined node", NOT_OURS),
+    Case("a third pod to a quarantined pod", "pod behind a tunnel", "pod of a quarantined node", QUARANTINE),
+    Case("another node to a quarantined pod", "node with a tunnel", "pod of a quarantined node", QUARANTINE),
+    Case("the world to a quarantined pod is not ours", "the world", "pod of a quarantined node", NOT_OURS),
     Case("our pod to a pod behind a tunnel", "our pod", "pod behind a tunnel", ENCRYPTED),
     Case("our node to a pod behind a tunnel", "our node", "pod behind a tunnel", ENCRYPTED),
     Case("our pod to a node with a tunnel", "our pod", "node with a tunnel", ENCRYPTED),
@@ -176,6 +190,10 @@ EGRESS = (
 )
 
 INGRESS = (
+    Case("a quarantined pod to our pod", "pod of a quarantined node", "our pod", QUARANTINE),
+    Case("a quarantined node to our pod", "quarantined node", "our pod", QUARANTINE),
+    Case("a quarantined pod to our node", "pod of a quarantined node", "our node", QUARANTINE),
+    Case("a quarantined node to our node is left alone", "quarantined node", "our node", NOT_OURS),
     Case("a pod behind a tunnel in clear", "pod behind a tunnel", "our pod", ARRIVED),
     Case("a pod without a tunnel in clear", "pod without a tunnel", "our pod", ARRIVED),
     Case("a pod of an unknown node in clear", "pod of an unknown node", "our pod", ARRIVED),
@@ -686,12 +704,14 @@ class Evaluator:
 
     def leaving(self, packet: Parsed) -> Reason:
         src, dst = self.who(packet.src), self.who(packet.dst)
-        tunnel = dst.node in NODES and not packet.tagged
+        tunnel = dst.node in NODES and not packet.tagged and dst.node != OUTCAST
         from_pod = bool(src.flags & (POD | CLUSTER))
         if dst.node == LOCAL and dst.flags & POD and (from_pod or src.flags & HOST):
             return self.clear(Reason.DROP_NO_SUCH_POD)
         if dst.flags == AddressFlag(0) or dst.node == LOCAL:
             return Reason.NOT_OURS
+        if dst.node == OUTCAST and (from_pod or (dst.flags == POD and src.flags == HOST)):
+            return Reason.DROP_QUARANTINED
         if dst.flags == POD:
             if src.node == LOCAL:
                 if tunnel:
@@ -711,6 +731,8 @@ class Evaluator:
         if not src.flags or src.node == LOCAL or not dst.flags or dst.node not in (0, LOCAL):
             return Reason.NOT_OURS
         pods = sum(bool(each.flags & (POD | CLUSTER)) for each in (src, dst))
+        if pods and src.node == OUTCAST:
+            return Reason.DROP_QUARANTINED
         if pods == 2:
             if SettingsFlag.STRICT in self.flags:
                 return Reason.DROP_CLEAR_ARRIVED

@@ -67,6 +67,7 @@ class FakeKernel:
     loaded: bool = False
     addresses: dict[Network, AddressEntry] = field(default_factory=dict)
     nodes: dict[int, int] = field(default_factory=dict)
+    quarantined: set[int] = field(default_factory=set)
     settings: Settings | None = None
     filters: dict[tuple[str, Direction], str] = field(default_factory=dict)
     hooked: set[str] = field(default_factory=set)
@@ -92,7 +93,9 @@ class FakeKernel:
             links=dict(self.links),
             routes=(Route(ip_network("0.0.0.0/0"), (2,)),),
             wireguard=dict(self.wireguard),
-            datapath=Datapath(addresses, dict(self.nodes), self.settings, pods) if self.loaded else None,
+            datapath=Datapath(addresses, dict(self.nodes), self.settings, pods, frozenset(self.quarantined))
+            if self.loaded
+            else None,
             pinned=self.loaded,
             attachments=frozenset(Attachment(*hook, program) for hook, program in self.filters.items()),
             hooked=frozenset(self.hooked),
@@ -109,6 +112,7 @@ class FakeKernel:
                 self.loaded = True
             case plans.UnloadDatapath():
                 self.loaded, self.addresses, self.nodes, self.settings = False, {}, {}, None
+                self.quarantined = set()
             case plans.WriteAddresses(entries):
                 assert self.loaded
                 self.addresses |= dict(entries)
@@ -124,7 +128,10 @@ class FakeKernel:
             case plans.WriteNodes(entries):
                 for number, device in entries:
                     self.nodes.pop(number, None)
-                    if device:
+                    self.quarantined.discard(number)
+                    if device == plans.QUARANTINED:
+                        self.quarantined.add(number)
+                    elif device:
                         self.nodes[number] = self.links[device].index
             case plans.WriteSettings(written):
                 assert self.loaded
@@ -229,6 +236,8 @@ class FakeKernel:
         entry = self._lookup(destination)
         if entry is None or entry.node == self.settings.local_node:
             return "clear"
+        if entry.node in self.quarantined:
+            return "dropped"
         if entry.node and (index := self.nodes.get(entry.node)):
             link = next((link for link in self.links.values() if link.index == index), None)
             if link is None or not link.up:

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from meshwire.api import names
 from meshwire.api.conditions import Condition
 from meshwire.api.meshconfig import Encryption, MeshConfig
-from meshwire.api.meshnode import Key, MeshNode, Phase, Status
+from meshwire.api.meshnode import Key, MeshNode, Phase, Revoked, Status
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
 from meshwire.operator.reconcile import (
@@ -72,6 +72,8 @@ class Agent:
     retiring: int = 0
     unreached: frozenset[int] = frozenset()
     peers: int = 0
+    known: dict[str, frozenset[str]] = field(default_factory=dict)
+    revoked: frozenset[Revoked] = frozenset()
     sealing_key: str = ""
 
 
@@ -216,6 +218,25 @@ class OperatorMachine(RuleBasedStateMachine):
         if name in self.server.now("secrets"):
             self.server.remove("secrets", name)
 
+    @rule(name=st.sampled_from(NODES), quarantined=st.booleans())
+    def quarantine(self, name: str, quarantined: bool) -> None:
+        """As people do, whatever else is going on."""
+        node = self.server.now("mesh_nodes").get(name)
+        if node and node.spec.quarantined is not quarantined:
+            spec = replace(node.spec, quarantined=quarantined)
+            self.server.write("mesh_nodes", replace(node, spec=spec, generation=node.generation + 1))
+
+    @rule(name=st.sampled_from(NODES), prompt=st.sets(st.sampled_from(NODES)), rounds=st.integers(0, 3))
+    def a_quarantine_passes(self, name: str, prompt: set[str], rounds: int) -> None:
+        """Sooner than all have heard of it."""
+        self.quarantine(name, True)
+        for _ in range(rounds):
+            self.everything_is_seen_and_written()
+            self.agents_work(prompt, True, True)
+        self.quarantine(name, False)
+        for _ in range(3):
+            self.everything_is_seen_and_written()
+
     @rule(name=st.sampled_from(NODES), able=st.booleans(), reaches=st.booleans())
     def agent_acts(self, name: str, able: bool = True, reaches: bool = True) -> None:
         """Reads its orders and, if it is able to, carries them out; `reaches`: the handshakes with all
@@ -228,12 +249,20 @@ class OperatorMachine(RuleBasedStateMachine):
         if not able:
             return
         agent.strict = agent.phase is Phase.ENFORCING
-        agent.peers = sum(
-            1
-            for peer in self.server.now("mesh_nodes").values()
-            if peer.name != name and peer.spec.public_key(agent.epoch)
+        others = [peer for peer in self.server.now("mesh_nodes").values() if peer.name != name]
+        peers = [peer for peer in others if not peer.spec.is_out]
+        agent.peers = sum(1 for peer in peers if peer.spec.public_key(agent.epoch))
+        agent.known = {
+            peer.name: frozenset(key.public_key for key in peer.spec.keys)
+            for peer in peers
+            if not node.spec.is_out and node.spec.keys
+        }
+        agent.revoked = frozenset(
+            Revoked(peer.spec.id, peer.spec.revocation) for peer in others if peer.spec.revocation
         )
-        has_key = node.spec.public_key(agent.epoch) is not None
+        has_key = node.spec.public_key(agent.epoch) is not None and not node.spec.is_out
+        if node.spec.is_out:
+            agent.active = 0
         if agent.phase in (Phase.OFF, Phase.DRAINING):
             agent.active = 0
         elif agent.phase in (Phase.ENABLING, Phase.ENFORCING):
@@ -244,9 +273,9 @@ class OperatorMachine(RuleBasedStateMachine):
         # By the new keys goes what had a handshake; a peer that has only the old ones is left behind.
         agent.unreached = frozenset(
             peer.spec.id
-            for peer in self.server.now("mesh_nodes").values()
+            for peer in peers
             if agent.retiring
-            and peer.name != name
+            and not node.spec.is_out
             and node.spec.public_key(agent.retiring)
             and peer.spec.public_key(agent.retiring)
             and not (peer.spec.public_key(agent.epoch) and agent.active == agent.epoch)
@@ -270,6 +299,7 @@ class OperatorMachine(RuleBasedStateMachine):
                     active_epoch=agent.active,
                     prepared_epoch=agent.active,
                     unreached=tuple(sorted(agent.unreached)),
+                    revoked=tuple(sorted(agent.revoked)),
                     strict=agent.strict,
                     peers=agent.peers,
                     conditions=(
@@ -439,7 +469,8 @@ class OperatorMachine(RuleBasedStateMachine):
                 self.wrote("secrets", replace(found, owner=action.owner))
             case DeleteSecret():
                 name = action.secret.node
-                if name in mesh_nodes and mesh_nodes[name].spec.phase is not Phase.OFF:
+                spec = mesh_nodes[name].spec if name in mesh_nodes else None
+                if spec and spec.phase is not Phase.OFF and not spec.revocation:
                     raise Conflict
                 if name in secrets and secrets[name].uid == action.secret.uid:
                     self.server.remove("secrets", name)
@@ -510,7 +541,11 @@ class OperatorMachine(RuleBasedStateMachine):
     def check_order(self, old: MeshNode | None, new: MeshNode, inputs: Inputs) -> None:
         phase, epoch = new.spec.phase, new.spec.epoch
         others = [node for name, node in self.server.now("mesh_nodes").items() if name != new.name]
-        live = [name for name, node in inputs.nodes.items() if node.live and name in inputs.mesh_nodes]
+        live = [
+            name
+            for name, node in inputs.nodes.items()
+            if node.live and name in inputs.mesh_nodes and not inputs.mesh_nodes[name].spec.is_out
+        ]
         given = {(node.spec.phase, node.spec.epoch) for node in others}
         if old is not None:
             assert phase in {old.spec.phase, *SUCCESSORS[old.spec.phase]}, "a phase was skipped"
@@ -518,9 +553,22 @@ class OperatorMachine(RuleBasedStateMachine):
             if old.spec.keys and not new.spec.keys:
                 kept = self.server.now("secrets").get(new.name)
                 is_stolen = kept is not None and kept.sealed_to != old.status.sealing_key
-                assert phase is Phase.OFF or is_stolen or kept is None or kept.public_key(epoch) is None, (
-                    "a key withdrawn early"
-                )
+                assert (
+                    phase is Phase.OFF
+                    or is_stolen
+                    or new.spec.revocation
+                    or kept is None
+                    or kept.public_key(epoch) is None
+                ), "a key withdrawn early"
+            assert new.spec.quarantined is old.spec.quarantined, "only people quarantine"
+            assert not (new.spec.keys and new.spec.is_out), "keys in quarantine"
+            if old.spec.revocation and not new.spec.revocation:
+                assert not old.spec.quarantined
+                for name in live:
+                    agent = self.agents.get(name)
+                    assert agent is None or not agent.known.get(new.name), (
+                        f"{name} still has {new.name}'s old keys when it may get new ones"
+                    )
         if phase is not Phase.OFF and epoch > self.highest_ordered:
             if phase is not Phase.ENABLING:
                 assert new.spec.retiring and old is not None, "an epoch begins with Enabling or a rotation"
@@ -592,6 +640,11 @@ class OperatorMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(node.live for node in self.server.now("nodes").values()))
     @rule()
     def left_in_peace_all_comes_right(self) -> None:
+        mesh_nodes = self.server.now("mesh_nodes")
+        live = [name for name, node in self.server.now("nodes").items() if node.live]
+        if all(name in mesh_nodes and mesh_nodes[name].spec.quarantined for name in live):
+            # With nobody left to ask, nothing goes on.
+            self.quarantine(live[0], False)
         for _ in range(40):
             for kind in KINDS:
                 self.watch_brings_news(kind, len(self.server.history[kind]))
@@ -610,6 +663,7 @@ class OperatorMachine(RuleBasedStateMachine):
                         (old.status.active_epoch, old.status.strict, old.status.observed_generation)
                         != (agent.active, agent.strict, agent.generation)
                         or set(old.status.unreached) != agent.unreached
+                        or set(old.status.revoked) != agent.revoked
                         or (old.status.peers, old.status.sealing_key) != (agent.peers, agent.sealing_key)
                     ):
                         self.agent_reports(name)
@@ -626,12 +680,19 @@ class OperatorMachine(RuleBasedStateMachine):
             Phase.ENFORCING if enabled else Phase.OFF
         }
         secrets = self.server.now("secrets")
+        out = {name for name, node in mesh_nodes.items() if node.spec.is_out}
+        assert out == {name for name, node in mesh_nodes.items() if node.spec.quarantined}
+        told = {each.node: each for each in self.server.now("statuses")[names.STATUS_NAME].quarantines}
+        assert told.keys() == out
+        for name in out:
+            assert not mesh_nodes[name].spec.keys and name not in secrets
+            assert told[name].revoked_at and not told[name].waiting
         if not enabled:
             assert not secrets
         else:
-            live = {name for name, node in nodes.items() if node.live}
-            assert live <= secrets.keys()
-            for name in live:
+            members = {name for name, node in nodes.items() if node.live and name not in out}
+            assert members <= secrets.keys()
+            for name in members:
                 epoch = mesh_nodes[name].spec.epoch
                 assert mesh_nodes[name].spec.public_key(epoch) == secrets[name].public_key(epoch)
                 assert secrets[name].sealed_to == self.agents[name].sealing_key

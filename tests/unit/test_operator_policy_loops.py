@@ -404,7 +404,7 @@ async def test_a_map_that_fills_up_is_told_once(cluster: Cluster) -> None:
             report,
             {"metadata": {"name": "a"}, "status": {"enabled": enabled, "mapPressure": list(told.values())}},
         )
-        wanted = Pressure(enabled, {"a": pressure} if pressure else {})
+        wanted = Pressure(enabled, {"a": pressure} if pressure else {}, frozenset("a" if enabled else ""))
         await cluster.until(lambda: cluster.world.pressure() == wanted)
 
     def vars_of(each: MapPressure) -> dict[str, Any]:

@@ -36,6 +36,9 @@ struct mw_address {
 	__u16 flags; /* enum mw_address_flags */
 };
 
+/* As wg_ifindex: this node or that one is quarantined. No device has such a number. */
+#define MW_QUARANTINED 0xffffffff
+
 /* Value of `nodes`. ifindex 0: no tunnel to that node is proven (or it is this node). */
 struct mw_node {
 	__u32 wg_ifindex;
@@ -96,7 +99,8 @@ enum mw_reason {
 	MW_DROP_FRAGMENT_UNKNOWN = 141, /* a later fragment whose first one was not seen, or not let through */
 	MW_DROP_UNKNOWN_POD = 142, /* to or from an address of this node's pods that none is known to have (yet) */
 	MW_DROP_PORTS_IN_USE = 143, /* a service leads a new connection to where the pod has one with these very ports */
-	MW_REASONS = 144,
+	MW_DROP_QUARANTINED = 144, /* between a pod and a node that is quarantined, or its pods, whatever the mode */
+	MW_REASONS = 145,
 };
 
 /* Value of `metrics` and `policy_metrics`, one per CPU. */

@@ -35,7 +35,8 @@ static __always_inline bool is_host(struct mw_address address)
 	return address.node && address.flags & MW_ADDRESS_HOST;
 }
 
-/* ifindex of the device that reaches the node; 0: none. */
+/* ifindex of the device that reaches the node; 0: none. MW_QUARANTINED: nothing goes there, or comes from
+ * there. */
 static __always_inline __u32 tunnel_lookup(struct mw_address address)
 {
 	__u32 number = address.node;
@@ -73,10 +74,12 @@ static __always_inline enum mw_reason unreadable_verdict(const struct mw_setting
  *     c. from another pod address: in clear (strict: dropped, BAD_SOURCE). Not ours to encrypt: the peer
  *        takes nothing from us but our own addresses.
  *     d. from another node's own address: CLEAR_HOST.
+ *     Any of these, and the node is quarantined: dropped in every mode, QUARANTINED.
  *     e. from anywhere else, e.g. a client of a NodePort: not ours.
  *  3. To another node's own address,
  *     a. from a pod of this node: by tunnel; there is none: CLEAR_HOST.
  *     b. from another pod address: CLEAR_HOST.
+ *     Either of these, and the node is quarantined: dropped in every mode, QUARANTINED.
  *     c. from anywhere else: not ours. WireGuard's own packets are here.
  *  4. To a cluster address of no known node,
  *     a. from a pod address, whoever's: in clear (strict: dropped, UNKNOWN_NODE).
@@ -94,6 +97,7 @@ static __always_inline enum mw_reason egress_verdict(const struct mw_settings *c
 	const bool redirectable = !packet->tagged;
 	struct mw_address dst = address_lookup(&packet->dst);
 	struct mw_address src;
+	__u32 way;
 
 	if (!dst.flags)
 		return MW_NOT_OURS; /* 1 */
@@ -104,9 +108,14 @@ static __always_inline enum mw_reason egress_verdict(const struct mw_settings *c
 			return clear_verdict(config, MW_DROP_NO_SUCH_POD); /* 1a */
 		return MW_NOT_OURS; /* 1b */
 	}
+	way = tunnel_lookup(dst);
+	if (way == MW_QUARANTINED && (is_pod(src) || (is_pod(dst) && is_host(src))))
+		return MW_DROP_QUARANTINED; /* 2, 3 */
+	if (way == MW_QUARANTINED || !redirectable)
+		way = 0;
 	if (is_remote(config, dst) && is_pod(dst)) {
 		if (is_local(config, src)) {
-			*tunnel = redirectable ? tunnel_lookup(dst) : 0;
+			*tunnel = way;
 			if (*tunnel)
 				return MW_ENCRYPTED; /* 2a, 2b */
 			if (is_pod(src))
@@ -124,7 +133,7 @@ static __always_inline enum mw_reason egress_verdict(const struct mw_settings *c
 		if (!is_pod(src))
 			return MW_NOT_OURS; /* 3c */
 		if (is_local(config, src)) {
-			*tunnel = redirectable ? tunnel_lookup(dst) : 0;
+			*tunnel = way;
 			if (*tunnel)
 				return MW_ENCRYPTED; /* 3a */
 		}
@@ -156,6 +165,7 @@ static __always_inline enum mw_reason encapsulated_egress_verdict(const struct m
 /* A packet that came in by an uplink or overlay, or inside of an overlay's packet. The first that
  * applies:
  *
+ *  0. Between a pod and a node that is quarantined, or its pods: dropped in every mode, QUARANTINED.
  *  1. From a pod of another node or a cluster address of no known node, to a pod of this node or a
  *     cluster address of no known node: it should have come through a tunnel. Strict: dropped,
  *     CLEAR_ARRIVED; else it counts as CLEAR_ARRIVED while encryption is in force, as CLEAR_ALLOWED
@@ -174,6 +184,8 @@ static __always_inline enum mw_reason ingress_verdict(const struct mw_settings *
 	if (!dst.flags || is_remote(config, dst))
 		return MW_NOT_OURS; /* 3 */
 
+	if ((is_pod(src) || is_pod(dst)) && tunnel_lookup(src) == MW_QUARANTINED)
+		return MW_DROP_QUARANTINED; /* 0 */
 	if (is_pod(src) && is_pod(dst)) { /* 1 */
 		if (config->flags & MW_STRICT)
 			return MW_DROP_CLEAR_ARRIVED;

@@ -10,6 +10,8 @@ from typing import Final
 
 MAX_PREFIXES: Final = 131072
 MAX_NODES: Final = 16384
+QUARANTINED: Final = 0xFFFFFFFF
+"""As MW_QUARANTINED."""
 
 FAMILY_BITS: Final = 32
 """Bits of a prefix that come before the address: `Prefix.prefixlen` counts them too."""
@@ -70,6 +72,7 @@ class Reason(IntEnum):
     DROP_FRAGMENT_UNKNOWN = 141
     DROP_UNKNOWN_POD = 142
     DROP_PORTS_IN_USE = 143
+    DROP_QUARANTINED = 144
 
     @property
     def dropped(self) -> bool:
@@ -78,7 +81,10 @@ class Reason(IntEnum):
     @property
     def of_policy(self) -> bool:
         """Counted by the policy programs alone."""
-        return Reason.POLICY_ALLOWED <= self <= Reason.POLICY_DEFERRED or self >= Reason.DROP_POLICY_INGRESS
+        return (
+            Reason.POLICY_ALLOWED <= self <= Reason.POLICY_DEFERRED
+            or Reason.DROP_POLICY_INGRESS <= self <= Reason.DROP_PORTS_IN_USE
+        )
 
 
 class Prefix(ctypes.Structure):

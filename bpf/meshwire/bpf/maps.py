@@ -127,13 +127,14 @@ class Ipcache:
 
 
 class Nodes:
-    """Node number -> ifindex of the device to reach it by. All methods raise OSError."""
+    """Node number -> ifindex of the device to reach it by, or layouts.QUARANTINED. All methods raise
+    OSError."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def read(self) -> dict[int, int]:
-        """Nodes that have a device."""
+        """Nodes that have a device, or are quarantined."""
         return {
             number: value.wg_ifindex
             for number, value in items(self._fd, c_uint32, layouts.Node)

@@ -22,7 +22,7 @@ from meshwire.agent.settings import Settings
 from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Userspace
 from meshwire.api.meshnode import Implementation
-from meshwire.bpf import layouts, loader, tc
+from meshwire.bpf import layouts, loader, migrate, tc
 from meshwire.bpf.layouts import Reason
 from meshwire.bpf.maps import AddressEntry as MapAddress
 from meshwire.bpf.maps import Counter, Maps, SettingsEntry
@@ -242,7 +242,7 @@ class Kernel:
                 self._maps().ipcache.delete_singles(addresses)
             case plans.WriteNodes(entries):
                 for number, device in entries:
-                    self._maps().nodes.update(number, self._index(device) if device else 0)
+                    self._maps().nodes.update(number, self._way(device))
             case plans.WriteSettings(settings):
                 self._maps().settings.write(
                     SettingsEntry(
@@ -294,6 +294,12 @@ class Kernel:
                 if state := self._seen.wireguard.get(action.name):
                     wireguard = {**self._seen.wireguard, action.name: after_change(state, action)}
                     self._seen = replace(self._seen, wireguard=wireguard)
+
+    def _way(self, device: str) -> int:
+        """What `nodes` has for a device's name, as in WriteNodes."""
+        if device == plans.QUARANTINED:
+            return layouts.QUARANTINED
+        return self._index(device) if device else 0
 
     def _index(self, name: str) -> int:
         if (index := netlink.find_index(self._ipr, name)) is None:
@@ -358,7 +364,7 @@ class Kernel:
         if self._loaded:
             self._loaded.close()
             self._loaded = None
-        programs = loader.Programs.load(self._settings.pin_directory)
+        programs = migrate.load(self._settings.pin_directory)
         try:
             self._loaded = _Loaded(programs, Maps.open(self._settings.pin_directory))
         except BaseException:
@@ -387,7 +393,7 @@ class Kernel:
         if self._loaded is None or not (self._settings.pin_directory / "ipcache").exists():
             return None
         maps = self._loaded.maps
-        settings = maps.settings.read()
+        settings, nodes = maps.settings.read(), maps.nodes.read()
         if before:
             addresses, pods = before.addresses, before.pods
         else:
@@ -395,7 +401,8 @@ class Kernel:
         return Datapath(
             addresses=addresses,
             pods=pods,
-            nodes=maps.nodes.read(),
+            nodes={number: index for number, index in nodes.items() if index != layouts.QUARANTINED},
+            quarantined=frozenset(number for number, index in nodes.items() if index == layouts.QUARANTINED),
             settings=DatapathSettings(
                 SettingsFlags(settings.flags), settings.local_node, settings.tunnel_mtu
             ),

@@ -46,7 +46,7 @@ def write_guard(path: Path, members: Iterable[Member]) -> None:
         {
             "metadata": {"name": member.name, "uid": member.uid, "creationTimestamp": member.created},
             # A key may be another's by the time this is read: guarding takes none.
-            "spec": {**member.spec.to_dict(), "keys": []},
+            "spec": {**member.spec.to_dict(), "keys": [], "quarantined": member.spec.quarantined},
         }
         for member in members
     ]

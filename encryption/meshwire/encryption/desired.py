@@ -46,6 +46,7 @@ MIN_MTU: Final = 1280
 """IPv6's smallest: a tunnel narrower than that would lose the family."""
 
 WIREGUARD_UNAVAILABLE: Final = "WireGuardUnavailable"
+QUARANTINED: Final = "Quarantined"
 
 SAMPLE: Final = 4
 """Pods of a node without CIDR whose routes tell by which device its pods are reached."""
@@ -92,6 +93,21 @@ def desired(inputs: Inputs) -> Desired | None:
     phase, epoch = own.spec.phase, own.spec.epoch
     begins = phase is Phase.ENABLING and not inputs.in_place
     accepted, problems = _accept(inputs, own)
+    others = {name: shares for name, shares in accepted.items() if name != own.name}
+    revocations = {
+        shares.number: shares.member.spec.revocation
+        for shares in others.values()
+        if shares.member.spec.revocation
+    }
+    if own.spec.is_out:
+        problems.append(
+            Problem(
+                QUARANTINED,
+                "this node is quarantined: it has no keys, and its pods exchange nothing with other nodes"
+                if own.spec.quarantined
+                else "it was quarantined, and gets new keys when all others have let go of its old ones",
+            )
+        )
     addresses = _addresses(inputs, own, accepted)
     pods = _single_pods(inputs, accepted)
     paths = find_paths(
@@ -107,11 +123,13 @@ def desired(inputs: Inputs) -> Desired | None:
     overlays = inputs.config.network.overlays or paths.overlays
     hooked = frozenset(name for name in (*uplinks, *overlays) if name in inputs.links)
     if phase is Phase.OFF or (begins and inputs.config_refused):
-        return Desired(phase=Phase.OFF, hooked=hooked)
+        return Desired(phase=Phase.OFF, revocations=revocations, hooked=hooked)
     if begins and inputs.pods is None:
         # A peer that sends by tunnel is listened to where its pods are known, and nowhere else.
         problem = Problem("WaitingForEndpoints", "the pods of nodes without pod CIDR are not known yet")
-        return Desired(phase=Phase.OFF, epoch=epoch, hooked=hooked, problems=(problem,))
+        return Desired(
+            phase=Phase.OFF, epoch=epoch, revocations=revocations, hooked=hooked, problems=(problem,)
+        )
 
     strict = phase is Phase.ENFORCING and inputs.config.encryption.mode is Mode.STRICT
     devices: tuple[Device, ...] = ()
@@ -129,7 +147,13 @@ def desired(inputs: Inputs) -> Desired | None:
         )
         if not strict:
             # Nothing can be encrypted and nothing must be dropped: leave the node as it is.
-            return Desired(phase=Phase.OFF, epoch=epoch, hooked=hooked, problems=tuple(problems))
+            return Desired(
+                phase=Phase.OFF,
+                epoch=epoch,
+                revocations=revocations,
+                hooked=hooked,
+                problems=tuple(problems),
+            )
     else:
         devices = tuple(
             _device(inputs, own, accepted, pods or {}, key, mtu)
@@ -139,7 +163,7 @@ def desired(inputs: Inputs) -> Desired | None:
             and key.epoch in (epoch, own.spec.retiring)
         )
         problems += _unpaired(devices, accepted, own.name)
-        if epoch and not any(device.epoch == epoch for device in devices):
+        if epoch and not own.spec.is_out and not any(device.epoch == epoch for device in devices):
             problems.append(_missing_key(own, accepted, epoch, blocking=not devices))
 
     return Desired(
@@ -155,12 +179,18 @@ def desired(inputs: Inputs) -> Desired | None:
         addresses={network: addresses[network] for network in sorted_networks(addresses)},
         pods=None if pods is None else _by_number(pods, accepted, addresses),
         redirects=_redirects(devices, accepted, own, inputs.told),
+        quarantined=frozenset(
+            shares.number
+            for shares in others.values()
+            if own.spec.quarantined or shares.member.spec.quarantined
+        ),
+        revocations=revocations,
         attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
         hooked=hooked,
         live_ids=frozenset(
             shares.number
-            for name, shares in accepted.items()
-            if name != own.name and name in inputs.nodes and inputs.nodes[name].ready
+            for name, shares in others.items()
+            if name in inputs.nodes and inputs.nodes[name].ready and not shares.member.spec.is_out
         ),
         problems=tuple(problems),
     )
@@ -223,7 +253,8 @@ class _Shares:
 
 def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Problem]]:
     """Every member's share, by name. Keys and addresses belong to the oldest member that claims them: a node
-    that publishes another's key, or its addresses, must not get its traffic."""
+    that publishes another's key, or its addresses, must not get its traffic. A member that is out keeps its
+    addresses, so that they stay guarded, and what it publishes as a key is nobody else's."""
     members = {name: member for name, member in inputs.members.items() if member.spec.id}
     members[own.name] = own
     by_age = sorted(members.values(), key=lambda member: (member.created or "~", member.name))
@@ -276,7 +307,7 @@ def _accept(inputs: Inputs, own: Member) -> tuple[dict[str, _Shares], list[Probl
             number,
             tuple(network for network in member.spec.pod_cidrs if free(network, name)),
             tuple(network for network in hosts[name] if free(network, name)),
-            keys,
+            {} if member.spec.is_out else keys,
         )
     return accepted, problems
 

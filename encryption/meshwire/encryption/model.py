@@ -235,13 +235,15 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Datapath:
-    """The maps' contents. `nodes` has the entries that are not 0: node number to ifindex. `pods` are the
-    entries of single pod addresses, as in Desired; `addresses` all others."""
+    """The maps' contents. `nodes` has the entries that lead to a device: node number to ifindex. `pods` are
+    the entries of single pod addresses, as in Desired; `addresses` all others. `quarantined`: as in
+    Desired."""
 
     addresses: Mapping[Network, AddressEntry]
     nodes: Mapping[int, int]
     settings: Settings | None
     pods: Mapping[int, frozenset[bytes]] = field(default_factory=dict)
+    quarantined: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,6 +332,11 @@ class Desired:
     """Pod addresses (packed) that lie in no node's CIDR, by node number, 0: nobody knows whose. None: they
     aren't known yet, and what is there stays."""
     redirects: Mapping[int, Redirect] = field(default_factory=dict)
+    quarantined: frozenset[int] = frozenset()
+    """Numbers of nodes with which pods of this one exchange nothing, in whatever phase."""
+    revocations: Mapping[int, int] = field(default_factory=dict)
+    """By number of the nodes that nobody is to have as a peer: what their agents' peers are asked to
+    confirm."""
     attachments: frozenset[Attachment] = frozenset()
     hooked: frozenset[str] = frozenset()
     live_ids: frozenset[int] = frozenset()

@@ -39,6 +39,10 @@ FIRST_KEEPALIVE: Final = 1
 done."""
 
 
+QUARANTINED: Final = "quarantined"
+"""In the place of a device's name."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadDatapath:
     """Loads the programs and pins the maps; attaches nothing."""
@@ -92,8 +96,8 @@ class DeletePods:
 
 @dataclass(frozen=True, slots=True)
 class WriteNodes:
-    """(node number, name of the device to reach it by or empty). The device's index is looked up when it is
-    applied: an earlier action may have made the device."""
+    """(node number, name of the device to reach it by or empty, or QUARANTINED). The device's index is
+    looked up when it is applied: an earlier action may have made the device."""
 
     entries: tuple[tuple[int, str], ...]
 
@@ -102,7 +106,9 @@ class WriteNodes:
         for number, device in self.entries:
             by_device.setdefault(device, []).append(number)
         return "; ".join(
-            f"send to nodes {_some(numbers)} by {device}"
+            f"quarantine nodes {_some(numbers)}"
+            if device == QUARANTINED
+            else f"send to nodes {_some(numbers)} by {device}"
             if device
             else f"send to nodes {_some(numbers)} by no tunnel"
             for device, numbers in sorted(by_device.items())
@@ -392,7 +398,11 @@ def _node_writes(
         if redirect.when_proven and (not current or current in ours) and not (peer and peer.handshake):
             continue
         (now if in_place[redirect.device] and peer else later).append((number, redirect.device))
-    now += [(number, "") for number in sorted(old) if number not in desired.redirects]
+    quarantined = observed.datapath.quarantined if observed.datapath else frozenset()
+    released = quarantined - desired.quarantined - {number for number, _ in (*now, *later)}
+    ended = old.keys() - desired.redirects.keys() - desired.quarantined
+    now += [(number, "") for number in sorted(ended | released)]
+    now += [(number, QUARANTINED) for number in sorted(desired.quarantined - quarantined)]
     return tuple(now), tuple(later)
 
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from meshwire.api import conditions, names
-from meshwire.api.meshnode import Phase, Status
+from meshwire.api.meshnode import Phase, Revoked, Status
 from meshwire.encryption.model import (
     HANDSHAKE_LIFETIME,
     Desired,
@@ -74,12 +74,27 @@ def report(
         # Who has moved but for a few dead nodes names them: nobody must be left behind. Every node hears of
         # it, so who has just begun doesn't count them all.
         unreached=tuple(behind) if active == desired.epoch or len(behind) <= MAX_BEHIND else (),
+        revoked=_revoked(desired, observed),
         strict=_is_strict(desired, observed),
         peers=len(handshakes),
         handshakes=sum(observed.now - latest < HANDSHAKE_LIFETIME for latest in handshakes.values()),
     )
     done, reason, message = _progress(desired, observed, status)
     return _with_condition(status, done, everything, reason, message, observed)
+
+
+def _revoked(desired: Desired, observed: Observed) -> tuple[Revoked, ...]:
+    """Nodes that this one has let go of: no device has a peer that it shouldn't have, and nothing is sent
+    there."""
+    wanted = {device.name: {peer.public_key for peer in device.peers} for device in desired.devices}
+    if any(not state.peers.keys() <= wanted.get(name, set()) for name, state in observed.wireguard.items()):
+        return ()
+    nodes = observed.datapath.nodes if observed.datapath else {}
+    return tuple(
+        Revoked(number, revocation)
+        for number, revocation in sorted(desired.revocations.items())
+        if number not in nodes
+    )
 
 
 def is_prepared(device: Device, observed: Observed) -> bool:
@@ -239,5 +254,7 @@ def is_urgent(old: Status, new: Status) -> bool:
         leaked=old.leaked,
         dropped=old.dropped,
         unreached=old.unreached,
+        # That a node is let go of is waited for; that it may come back isn't.
+        revoked=new.revoked if set(new.revoked) - set(old.revoked) else old.revoked,
     )
     return counters_as_before != old

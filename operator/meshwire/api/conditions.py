@@ -16,6 +16,7 @@ ACCEPTED: Final = "Accepted"
 STRICT_SCOPE: Final = "StrictScope"
 POLICY_MAP_PRESSURE: Final = "PolicyMapPressure"
 PAIRS_HEALTHY: Final = "PairsHealthy"
+QUARANTINE: Final = "Quarantine"
 
 MAX_MESSAGE: Final = 1024
 """Characters of a condition's message; longer ones are cut. metav1.Condition would allow 32768."""

@@ -52,7 +52,9 @@ class Key:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
     """`id` 0 and `epoch` 0 stand for none yet. `retiring` is the epoch before, while it is in use beside
-    `epoch`; 0: none."""
+    `epoch`; 0: none. `quarantined` is what people ask for, and the only part that the operator never writes;
+    `revocation` tells this quarantine from all others of the node, and outlasts it until all others have let
+    go of the node; 0: none."""
 
     id: int = 0
     addresses: tuple[Address, ...] = ()
@@ -62,13 +64,20 @@ class Spec:
     phase: Phase = Phase.OFF
     epoch: int = 0
     retiring: int = 0
+    quarantined: bool = False
+    revocation: int = 0
+
+    @property
+    def is_out(self) -> bool:
+        """Nobody is to have this node as a peer."""
+        return self.quarantined or bool(self.revocation)
 
     def public_key(self, epoch: int) -> str | None:
         """The key published for `epoch`, if any."""
         return next((key.public_key for key in self.keys if key.epoch == epoch), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into `spec`."""
+        """What goes into `spec`, but for `quarantined`."""
         return {
             "id": self.id,
             "addresses": [str(address) for address in self.addresses],
@@ -81,7 +90,16 @@ class Spec:
                 "epoch": self.epoch,
                 "retiring": self.retiring or None,
             },
+            "revocation": self.revocation or None,
         }
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Revoked:
+    """Node number `id` is no peer any more, as of its `revocation`."""
+
+    id: int
+    revocation: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +117,8 @@ class Unreachable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """`unreached`: numbers of the nodes that it sends to by the retiring epoch, if at all."""
+    """`unreached`: numbers of the nodes that it sends to by the retiring epoch, if at all. `revoked`: those
+    of nodes that it has let go of, each with the revocation."""
 
     observed_generation: int = 0
     sealing_key: str | None = None
@@ -107,6 +126,7 @@ class Status:
     prepared_epoch: int = 0
     active_epoch: int = 0
     unreached: tuple[int, ...] = ()
+    revoked: tuple[Revoked, ...] = ()
     strict: bool = False
     peers: int = 0
     handshakes: int = 0
@@ -127,6 +147,7 @@ class Status:
             "preparedEpoch": self.prepared_epoch,
             "activeEpoch": self.active_epoch,
             "unreached": list(self.unreached),
+            "revoked": [{"id": each.id, "revocation": each.revocation} for each in self.revoked],
             "strict": self.strict,
             "peers": self.peers,
             "handshakes": self.handshakes,
@@ -213,6 +234,10 @@ def _spec(source: Mapping[str, Any]) -> Spec:
         retiring=0
         if encryption.get("retiring") is None
         else fields.integer(encryption, "retiring", "spec.encryption", default=0),
+        quarantined=fields.boolean(source, "quarantined", "spec", default=False),
+        revocation=0
+        if source.get("revocation") is None
+        else fields.integer(source, "revocation", "spec", default=0),
     )
 
 
@@ -230,6 +255,15 @@ def _unreachable(item: Any, path: str) -> Unreachable:
     )
 
 
+def _revoked(item: Any, path: str) -> Revoked:
+    if not isinstance(item, Mapping):
+        raise fields.InvalidSpec(path, "must be an object")
+    return Revoked(
+        fields.integer(item, "id", path, default=0, low=1, high=names.MAX_NODE_ID),
+        fields.integer(item, "revocation", path, default=0, low=1),
+    )
+
+
 def _status(source: Mapping[str, Any]) -> Status:
     sealing_key = source.get("sealingKey")
     return Status(
@@ -239,6 +273,7 @@ def _status(source: Mapping[str, Any]) -> Status:
         prepared_epoch=fields.integer(source, "preparedEpoch", "status", default=0),
         active_epoch=fields.integer(source, "activeEpoch", "status", default=0),
         unreached=fields.listed(source, "unreached", "status", _number),
+        revoked=fields.listed(source, "revoked", "status", _revoked),
         strict=fields.boolean(source, "strict", "status", default=False),
         peers=fields.integer(source, "peers", "status", default=0),
         handshakes=fields.integer(source, "handshakes", "status", default=0),

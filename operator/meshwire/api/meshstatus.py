@@ -39,6 +39,28 @@ class LastRotation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantine:
+    """One node's quarantine. `revocation` tells it from the node's others. `asked_at`: when the operator saw
+    it; `revoked_at`: when the last of the live nodes had said that the node is no peer of its any more;
+    empty: not yet. `waiting` live nodes haven't said so, `waiting_for` names the first of them. Times are
+    RFC 3339, with milliseconds."""
+
+    node: str
+    revocation: int
+    asked_at: str
+    revoked_at: str = ""
+    waiting: int = 0
+    waiting_for: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """From the quarantine to the last peer's word; 0.0 without."""
+        if not self.revoked_at:
+            return 0.0
+        return max(0.0, (_time(self.revoked_at) - _time(self.asked_at)).total_seconds())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeshStatus:
     """`epoch` is the highest ever used (0: none yet); `epoch_started_at` is RFC 3339, empty without keys:
     since when the keys are in force that carry the traffic of all. `handled_request` is the latest value of
@@ -52,6 +74,7 @@ class MeshStatus:
     last_rotation: LastRotation | None = None
     rotations: int = 0
     handled_request: str = ""
+    quarantines: tuple[Quarantine, ...] = ()
     nodes: int = 0
     nodes_ready: int = 0
     leaked: int = 0
@@ -76,6 +99,7 @@ class MeshStatus:
             last_rotation=_last_rotation(fields.child(status, "lastRotation", "status")),
             rotations=fields.integer(status, "rotations", "status", default=0),
             handled_request=fields.text(status, "handledRotate", "status"),
+            quarantines=fields.listed(status, "quarantines", "status", _quarantine),
             nodes=fields.integer(status, "nodes", "status", default=0),
             nodes_ready=fields.integer(status, "nodesReady", "status", default=0),
             leaked=fields.integer(status, "leaked", "status", default=0),
@@ -110,6 +134,17 @@ class MeshStatus:
             else None,
             "rotations": self.rotations,
             "handledRotate": self.handled_request,
+            "quarantines": [
+                {
+                    "node": each.node,
+                    "revocation": each.revocation,
+                    "askedAt": each.asked_at,
+                    **({"revokedAt": each.revoked_at} if each.revoked_at else {}),
+                    "waiting": each.waiting,
+                    "waitingFor": list(each.waiting_for),
+                }
+                for each in self.quarantines
+            ],
             "nodes": self.nodes,
             "nodesReady": self.nodes_ready,
             "nodesSummary": f"{self.nodes_ready}/{self.nodes}",
@@ -139,6 +174,23 @@ def _last_rotation(source: Mapping[str, Any]) -> LastRotation | None:
         started_at=_moment(source, "startedAt", path),
         finished_at=_moment(source, "finishedAt", path),
     )
+
+
+def _quarantine(source: Any, path: str) -> Quarantine:
+    if not isinstance(source, Mapping):
+        raise fields.InvalidSpec(path, "must be an object")
+    return Quarantine(
+        node=fields.text(source, "node", path),
+        revocation=fields.integer(source, "revocation", path, default=0),
+        asked_at=_moment(source, "askedAt", path),
+        revoked_at=_moment(source, "revokedAt", path),
+        waiting=fields.integer(source, "waiting", path, default=0),
+        waiting_for=fields.listed(source, "waitingFor", path, _name),
+    )
+
+
+def _name(item: Any, path: str) -> str:
+    return fields.text({"item": item}, "item", path)
 
 
 def _moment(source: Mapping[str, Any], name: str, path: str) -> str:

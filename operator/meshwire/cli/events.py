@@ -33,6 +33,7 @@ REASONS: Final[Mapping[str, str]] = {
     "DROP_BAD_DESTINATION": "it came through a tunnel for an address that is not this node's",
     "DROP_NO_SUCH_POD": "no pod of this node has its address",
     "DROP_UNKNOWN_POD": "its address is this node's, of no pod that is known (yet)",
+    "DROP_QUARANTINED": "the node at its other end is quarantined, or this one is",
     "DROP_PORTS_IN_USE": "a service leads it to where the pod has a connection with the same ports",
 }
 

@@ -217,6 +217,28 @@ class Exercise:
 
         self._wait(problem, seconds)
 
+    def leftovers(self) -> list[str]:
+        """What is there and nobody needs: objects of nodes that are gone, and on the nodes devices, keys,
+        pins, filters and routes that no order of theirs asks for; in words."""
+        spec_of = {
+            item["metadata"]["name"]: item["spec"] for item in self.lab.get("meshnodes").get("items", ())
+        }
+        found = [f"MeshNode {name}" for name in sorted(spec_of.keys() - set(self.lab.nodes))]
+        for item in self.lab.get("meshpolicyreports")["items"]:
+            if item["metadata"]["name"] not in self.lab.nodes:
+                found.append(f"MeshPolicyReport {item['metadata']['name']}")
+        label = f"--selector={names.NODE_LABEL}"
+        for item in self.lab.get("secrets", "--namespace", names.NAMESPACE, label)["items"]:
+            node = item["metadata"]["labels"][names.NODE_LABEL]
+            wanted = {names.secret_data_key(key["epoch"]) for key in spec_of.get(node, {}).get("keys", ())}
+            if not wanted:
+                found.append(f"Secret of {node}")
+            found += [f"{name} in the Secret of {node}" for name in sorted(item["data"].keys() - wanted)]
+        for node in self.lab.nodes:
+            shown = self.lab.on_node(node, "sh", "-c", _LOOK, check=False).stdout
+            found += [f"{node}: {each}" for each in find_leftovers(spec_of.get(node, {}), shown)]
+        return found
+
     # Policy
 
     def set_policy(self, enabled: bool, *, wait: bool = True, **policy: Any) -> None:
@@ -350,6 +372,49 @@ class Exercise:
                 await asyncio.sleep(0.1)
 
         self.lab.call(wait)
+
+
+_LOOK: Final = """
+for device in /sys/class/net/meshwire_wg*; do [ -e "$device" ] && echo "device ${device##*/}"; done
+for pin in /sys/fs/bpf/meshwire*; do [ -e "$pin" ] && echo "pins ${pin##*/}"; done
+[ -e /var/lib/meshwire/keys.json ] && echo "keys $(cat /var/lib/meshwire/keys.json)"
+ip -o route show table all | grep -o 'dev meshwire_wg[01].*' | sed 's/^/route /'
+for device in /sys/class/net/*; do
+  for hook in ingress egress; do
+    tc filter show dev "${device##*/}" $hook 2>/dev/null | grep -o ' mw_[a-z0-9_]*' \\
+      | sed "s/^ /filter ${device##*/} $hook /"
+  done
+done
+"""
+"""One line for each thing of ours on a node: its kind and what it is."""
+
+
+def find_leftovers(spec: Mapping[str, Any], shown: str) -> list[str]:
+    """What of _LOOK's answer a MeshNode's spec doesn't ask for."""
+    order = spec.get("encryption", {})
+    is_on = order.get("phase", "Off") != "Off"
+    epochs = {key["epoch"] for key in spec.get("keys", ())}
+    devices = {names.device_name(epoch) for epoch in epochs}
+    found = []
+    for line in shown.splitlines():
+        kind, _, what = line.partition(" ")
+        match kind:
+            case "device":
+                is_needed = what in devices
+            case "pins":
+                # Policy's go by the MeshConfig.
+                is_needed = (is_on and what == "meshwire") or what == "meshwire-policy"
+            case "keys":
+                held = {int(epoch) for epoch in json.loads(what or "{}")}
+                is_needed, what = held <= epochs, f"of epochs {sorted(held - epochs)}"
+            case "route":
+                # Of the device's own address alone.
+                is_needed = "scope host" in what or "local" in what or "table local" in what
+            case _:
+                is_needed = is_on and (what.split()[0] in devices or not what.startswith("meshwire_wg"))
+        if not is_needed:
+            found.append(f"{kind} {what}")
+    return found
 
 
 def find_unenforced(

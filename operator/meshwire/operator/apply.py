@@ -101,7 +101,20 @@ class Hands:
             f"{MESH_NODES}/{action.node}",
             {"metadata": {"resourceVersion": action.resource_version}, "spec": action.spec.to_dict()},
         )
-        self.world.mesh_nodes.wrote(mesh_node(patched))
+        written = mesh_node(patched)
+        self.world.mesh_nodes.wrote(written)
+        if action.stolen:
+            self.announce(
+                _node_event(
+                    action.node,
+                    written.uid,
+                    "KeyWithdrawn",
+                    "WithdrawKey",
+                    "it has another sealing key than its keys are sealed to: its host's disk is another, and"
+                    " nobody is to take who has the old one for this node",
+                    warning=True,
+                )
+            )
 
     async def _delete_mesh_node(self, action: DeleteMeshNode) -> None:
         node = await self.client.find(f"{NODES}/{action.node}")
@@ -171,8 +184,7 @@ class Hands:
                 action.owner,
                 "KeyRenewed" if action.renewed else "KeyIssued",
                 "IssueKey",
-                f"new key for epoch {epoch}"
-                + (": the node's sealing key is another, or its Secret was gone" if action.renewed else ""),
+                f"new key for epoch {epoch}{why_renewed(action) if action.renewed else ''}",
                 warning=action.renewed,
             )
         )
@@ -250,7 +262,8 @@ class Hands:
     async def _delete_secret(self, action: DeleteSecret) -> None:
         secret = action.secret
         found = await self.client.find(f"{MESH_NODES}/{secret.node}")
-        if found and mesh_node(found).spec.phase is not Phase.OFF:
+        spec = mesh_node(found).spec if found else None
+        if spec and spec.phase is not Phase.OFF and not spec.revocation:
             raise Outdated(f"the MeshNode of {secret.node} still needs its key")
         await self._delete(
             f"{secrets_path(self.world.namespace)}/{names.secret_name(secret.node)}", secret.uid
@@ -343,7 +356,7 @@ class Hands:
                 )
             )
 
-        for event in rotation_news(action, uid):
+        for event in (*rotation_news(action, uid), *quarantine_news(action)):
             self.announce(event)
 
         pressure = conditions.find(action.status.conditions, conditions.POLICY_MAP_PRESSURE)
@@ -369,6 +382,15 @@ class Hands:
         except ApiError as error:
             if error.status != 404:
                 raise
+
+
+def why_renewed(action: IssueKey) -> str:
+    """For a key that follows one of the same epoch."""
+    if action.secret is None:
+        return ": its Secret was gone"
+    if action.secret.sealed_to != action.sealing_key:
+        return ": its sealing key is another; the key sealed to the one before was withdrawn"
+    return ": its Secret held none"
 
 
 def rotation_news(action: WriteStatus, uid: str) -> Iterator[Event]:
@@ -425,6 +447,36 @@ def _no_annotations(epoch: int) -> dict[str, None]:
         f"{names.PUBLIC_KEY_ANNOTATION}{epoch}": None,
         f"{names.SECRET_DIGEST_ANNOTATION}{epoch}": None,
     }
+
+
+def quarantine_news(action: WriteStatus) -> Iterator[Event]:
+    """Events for what this status is the first to tell of nodes in quarantine."""
+    before = {(each.node, each.revocation): each for each in action.previous.quarantines}
+    after = {(each.node, each.revocation): each for each in action.status.quarantines}
+    for key, each in sorted(after.items()):
+        known = before.get(key)
+        if known is None:
+            yield _node_event(
+                each.node,
+                "",
+                "Quarantined",
+                "Quarantine",
+                "its keys are withdrawn; the others let go of it",
+                warning=True,
+            )
+        if each.revoked_at and not (known and known.revoked_at):
+            yield _node_event(
+                each.node,
+                "",
+                "Revoked",
+                "Quarantine",
+                f"no live node has it as a peer any more, {each.seconds:.1f} s after it was quarantined",
+            )
+    for key, each in sorted(before.items()):
+        if key not in after:
+            yield _node_event(
+                each.node, "", "QuarantineEnded", "Quarantine", "it may join again, with new keys"
+            )
 
 
 def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:

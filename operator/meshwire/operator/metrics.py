@@ -61,6 +61,20 @@ class Metrics:
         self.rotation_seconds = Gauge(
             "meshwire_rotation_seconds", "How long the latest of them took", registry=self.registry
         )
+        self.quarantined = Gauge(
+            "meshwire_quarantined_nodes", "Nodes whose keys are withdrawn", registry=self.registry
+        )
+        self.quarantine_waiting = Gauge(
+            "meshwire_quarantine_waiting_nodes",
+            "Live nodes that have not let go of some node in quarantine, the most of any",
+            registry=self.registry,
+        )
+        self.revocation_seconds = Gauge(
+            "meshwire_revocation_seconds",
+            "From a quarantine to the moment when the last live node had let go of the node",
+            ["node"],
+            registry=self.registry,
+        )
         self._rotations = 0
         self.leaked = Gauge(
             "meshwire_leaked_packets",
@@ -102,6 +116,12 @@ class Metrics:
         self.rotating.set(status.rotation is not None)
         self.rotation_started.set(_seconds(status.rotation.started_at) if status.rotation else 0)
         self.rotation_seconds.set(status.last_rotation.seconds if status.last_rotation else 0)
+        self.quarantined.set(len(status.quarantines))
+        self.quarantine_waiting.set(max((each.waiting for each in status.quarantines), default=0))
+        self.revocation_seconds.clear()
+        for each in status.quarantines:
+            if each.revoked_at:
+                self.revocation_seconds.labels(each.node).set(each.seconds)
         # MeshStatus counts across restarts; one that was deleted begins anew.
         self.rotations.inc(max(0, status.rotations - self._rotations))
         self._rotations = status.rotations

@@ -311,7 +311,11 @@ class PolicyWorld:
         if not watch.complete:
             return self._pressure
         reports = [report for report in watch.items.values() if report.enabled]
-        return Pressure(bool(reports), {each.name: each.pressure for each in reports if each.pressure})
+        return Pressure(
+            bool(reports),
+            {each.name: each.pressure for each in reports if each.pressure},
+            frozenset(each.name for each in reports),
+        )
 
     def _complete(self, *resources: str) -> bool:
         return all(self.watches[resource].complete for resource in resources)

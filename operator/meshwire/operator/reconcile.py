@@ -16,7 +16,7 @@ from meshwire.api.fields import Network
 from meshwire.api.meshconfig import Mode, missing_families
 from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.operator import claims, phases, rotation, secrecy, summary
+from meshwire.operator import claims, phases, quarantine, rotation, secrecy, summary
 from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
@@ -58,9 +58,12 @@ class CreateMeshNode:
 
 @dataclass(frozen=True, slots=True)
 class PatchSpec:
+    """`stolen`: the node's keys are withdrawn with this because its sealing key is another."""
+
     node: str
     resource_version: str
     spec: Spec
+    stolen: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +204,12 @@ def reconcile(inputs: Inputs) -> Plan:
     secret = _secrecy(inputs, order)
     cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
     shares, conflicts = claims.settle(nodes, mesh_nodes, inputs.secrets)
+    quarantines = quarantine.follow(
+        previous.quarantines,
+        mesh_nodes,
+        live=[name for name, node in nodes.items() if node.live],
+        now=inputs.now,
+    )
     numbers = claims.allocate_ids(
         sorted(nodes, key=lambda name: (nodes[name].created, name)),
         inputs.mesh_nodes,
@@ -211,7 +220,14 @@ def reconcile(inputs: Inputs) -> Plan:
             # Nobody is to take the old keys for the node's any more when it gets new ones.
             shares[name].keys.clear()
     specs = {
-        name: _spec(mesh_nodes.get(name), numbers[name], shares[name], cidrs, order)
+        name: _spec(
+            mesh_nodes.get(name),
+            numbers[name],
+            shares[name],
+            cidrs,
+            order,
+            quarantine.revocation_of(mesh_nodes.get(name), quarantines, has_secret=name in inputs.secrets),
+        )
         for name in sorted(nodes)
         if name in numbers
     }
@@ -229,6 +245,7 @@ def reconcile(inputs: Inputs) -> Plan:
             config_problem=problem,
             scope=scope,
             pressure=inputs.pressure,
+            quarantines=quarantines,
             previous=previous,
             rotated=rotation.follow(
                 previous,
@@ -251,14 +268,22 @@ def reconcile(inputs: Inputs) -> Plan:
             if name not in mesh_nodes
         ),
         (
-            PatchSpec(name, mesh_nodes[name].resource_version, spec)
+            PatchSpec(
+                name,
+                mesh_nodes[name].resource_version,
+                spec,
+                bool(mesh_nodes[name].spec.keys)
+                and not spec.keys
+                and not spec.is_out
+                and _is_stolen(mesh_nodes[name], inputs.secrets.get(name)),
+            )
             for name, spec in specs.items()
             if name in mesh_nodes and mesh_nodes[name].spec != spec
         ),
         (
             LiftTaint(name)
             for name, node in sorted(nodes.items())
-            if node.tainted and name in mesh_nodes and mesh_nodes[name].ready
+            if node.tainted and name in mesh_nodes and _is_guarded(mesh_nodes[name], inputs)
         ),
         _config_actions(inputs, problem),
         (
@@ -329,10 +354,22 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
 
 
 def _live(inputs: Inputs) -> tuple[MeshNode, ...]:
-    """Of live nodes; none while one of them has no MeshNode."""
+    """Of live nodes; none while one of them has no MeshNode. Nothing waits for a node in quarantine."""
     if not all(name in inputs.mesh_nodes for name, node in inputs.nodes.items() if node.live):
         return ()
-    return tuple(node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live)
+    return tuple(
+        node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live and not node.spec.is_out
+    )
+
+
+def _is_guarded(node: MeshNode, inputs: Inputs) -> bool:
+    """All that the MeshConfig asks for is in force on the node: pods may come. Where nobody can say what is
+    wanted, they wait."""
+    if inputs.config and inputs.config.config is None:
+        return False
+    config = inputs.config.config if inputs.config else None
+    judges = inputs.pressure is not None and node.name in inputs.pressure.judging
+    return node.ready and not node.spec.is_out and (judges or not (config and config.policy.enabled))
 
 
 def _is_stolen(node: MeshNode | None, secret: KeySecret | None) -> bool:
@@ -355,13 +392,20 @@ def _left_out(inputs: Inputs, previous: MeshStatus, status: MeshStatus, order: O
         sorted(
             name
             for name, node in inputs.mesh_nodes.items()
-            if not inputs.nodes[name].live and node.status.active_epoch != order.epoch
+            if not inputs.nodes[name].live
+            and not node.spec.is_out
+            and node.status.active_epoch != order.epoch
         )
     )
 
 
 def _spec(
-    current: MeshNode | None, number: int, share: Share, cidrs: tuple[Network, ...], order: Order
+    current: MeshNode | None,
+    number: int,
+    share: Share,
+    cidrs: tuple[Network, ...],
+    order: Order,
+    revocation: int,
 ) -> Spec:
     told = phases.order_of(current.spec) if current else None
     own = phases.order_for(told, order)
@@ -371,11 +415,13 @@ def _spec(
         pod_cidrs=tuple(share.pod_cidrs),
         cluster_cidrs=cidrs,
         keys=()
-        if own.phase is Phase.OFF
+        if own.phase is Phase.OFF or revocation
         else tuple(key for key in share.keys if key.epoch in (own.epoch, own.retiring)),
         phase=own.phase,
         epoch=own.epoch,
         retiring=own.retiring,
+        quarantined=current is not None and current.spec.quarantined,
+        revocation=revocation,
     )
 
 
@@ -423,6 +469,9 @@ def _secret_actions(inputs: Inputs, order: Order, secrecy: Secrecy) -> list[Acti
             actions.append(DeleteSecret(secret))
         elif name not in mesh_nodes:
             continue
+        elif mesh_nodes[name].spec.revocation:
+            # Published nowhere any more: what is left of them is the node's own copy.
+            actions.append(DeleteSecret(secret))
         elif secret.owner != mesh_nodes[name].uid:
             actions.append(AdoptSecret(secret, mesh_nodes[name].uid))
     if order.phase not in ISSUING:
@@ -430,7 +479,7 @@ def _secret_actions(inputs: Inputs, order: Order, secrecy: Secrecy) -> list[Acti
     for name, node in sorted(mesh_nodes.items()):
         sealing_key = node.status.sealing_key
         # Its order comes first: an epoch that is in no spec could be forgotten, and used again.
-        if sealing_key is None or phases.order_of(node.spec) != order:
+        if sealing_key is None or phases.order_of(node.spec) != order or node.spec.is_out:
             continue
         known = inputs.secrets.get(name)
         if known and known.owner != node.uid:

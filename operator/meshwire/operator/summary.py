@@ -11,11 +11,12 @@ from meshwire.api import conditions, names
 from meshwire.api.meshconfig import Mode
 from meshwire.api.meshnode import MeshNode, Phase
 from meshwire.api.meshpolicyreport import MAP_FULL, MapPressure
-from meshwire.api.meshstatus import MeshStatus
+from meshwire.api.meshstatus import MeshStatus, Quarantine
 from meshwire.operator.claims import Conflict
 from meshwire.operator.objects import Node
 from meshwire.operator.pairs import judge_pairs
 from meshwire.operator.phases import Order, has_moved, unreached
+from meshwire.operator.quarantine import MAX_TOLD
 from meshwire.operator.rotation import Rotated
 
 MAX_NAMES: Final = 5
@@ -58,10 +59,11 @@ LEFT_OUT: Final[Mapping[str, str]] = {
 @dataclass(frozen=True, slots=True)
 class Pressure:
     """What the nodes report of their policy maps. `enabled`: any node judges packets by policies; `nodes`:
-    maps that fill up, of those nodes that have such."""
+    maps that fill up, of those nodes that have such; `judging`: which nodes do judge."""
 
     enabled: bool
     nodes: Mapping[str, tuple[MapPressure, ...]]
+    judging: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +82,7 @@ class View:
     config_problem: str
     scope: Scope
     pressure: Pressure | None
+    quarantines: tuple[Quarantine, ...]
     previous: MeshStatus
     rotated: Rotated
     now: datetime
@@ -88,8 +91,9 @@ class View:
 def summarize(view: View) -> MeshStatus:
     """The new status; equal to `previous` where nothing changed."""
     phase = view.order.phase
-    live = [name for name, node in sorted(view.nodes.items()) if node.live]
-    dead = [name for name, node in sorted(view.nodes.items()) if not node.live]
+    out = {name for name, node in view.mesh_nodes.items() if node.spec.is_out}
+    live = [name for name, node in sorted(view.nodes.items()) if node.live and name not in out]
+    dead = [name for name, node in sorted(view.nodes.items()) if not node.live and name not in out]
     answers = {name: view.mesh_nodes[name] for name in live if name in view.mesh_nodes}
     moved = [name for name, node in answers.items() if _has_moved(node, view.order, tuple(answers.values()))]
     waiting = {name: problem for name in live if (problem := _problem(view, answers.get(name)))}
@@ -103,6 +107,7 @@ def summarize(view: View) -> MeshStatus:
     if view.config_problem:
         refused.insert(0, f"MeshConfig: {view.config_problem}")
     left_out = f"; not live: {listed(dead)}" if dead else ""
+    left_out += f"; quarantined: {listed(out)}" if out else ""
 
     if refused:
         reason = view.conflicts[0].reason if view.conflicts else "MeshConfigNotAccepted"
@@ -183,6 +188,16 @@ def summarize(view: View) -> MeshStatus:
             observed_generation=1,
             now=view.now,
         )
+    if news := _quarantine(view):
+        result = conditions.set_condition(
+            result,
+            type=conditions.QUARANTINE,
+            status=news[0],
+            reason=news[1],
+            message=news[2],
+            observed_generation=1,
+            now=view.now,
+        )
     return MeshStatus(
         encryption=_encryption(view, len(moved), len(live)),
         phase=phase,
@@ -192,6 +207,7 @@ def summarize(view: View) -> MeshStatus:
         last_rotation=view.rotated.last,
         rotations=view.rotated.count,
         handled_request=view.rotated.handled,
+        quarantines=view.quarantines[:MAX_TOLD],
         nodes=nodes,
         nodes_ready=ready,
         leaked=min(
@@ -209,6 +225,27 @@ def listed(names: Collection[str], detail: Callable[[str], str | None] = lambda 
     shown = [f"{name} ({why})" if (why := detail(name)) else name for name in sorted(names)[:MAX_NAMES]]
     rest = len(names) - len(shown)
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _quarantine(view: View) -> tuple[bool, str, str] | None:
+    """Status, reason and message of the condition; None: there was never one."""
+    if not view.quarantines:
+        is_known = conditions.find(view.previous.conditions, conditions.QUARANTINE)
+        return (False, "NoneQuarantined", "") if is_known else None
+    known = {each.node: each for each in view.quarantines}
+
+    def words(name: str) -> str:
+        each = known[name]
+        if each.waiting:
+            more = each.waiting - len(each.waiting_for)
+            rest = f" and {more} more" if more else ""
+            return f"still a peer of {', '.join(each.waiting_for)}{rest}"
+        return f"no peer of any live node, after {each.seconds:.1f} s" if each.revoked_at else "no live node"
+
+    lifting = all(not view.mesh_nodes[name].spec.quarantined for name in known if name in view.mesh_nodes)
+    waiting = any(not each.revoked_at or each.waiting for each in view.quarantines)
+    reason = "Lifting" if lifting else "Revoking" if waiting else "Revoked"
+    return True, reason, listed(known, words)
 
 
 def _pressure(view: View) -> tuple[bool, str, str] | None:
@@ -292,7 +329,11 @@ def _reason(node: MeshNode | None) -> str:
 
 
 def _live(view: View) -> Collection[MeshNode]:
-    return [node for name, node in view.mesh_nodes.items() if name in view.nodes and view.nodes[name].live]
+    return [
+        node
+        for name, node in view.mesh_nodes.items()
+        if name in view.nodes and view.nodes[name].live and not node.spec.is_out
+    ]
 
 
 def _first_sentence(message: str) -> str:

@@ -18,7 +18,7 @@ from meshwire.agent.policy.room import Fill
 from meshwire.agent.policy.write import entry_key, write
 from meshwire.agent.settings import Settings
 from meshwire.api.fields import Network
-from meshwire.bpf import loader, tc
+from meshwire.bpf import loader, migrate, tc
 from meshwire.bpf.layouts import Direction as Hook
 from meshwire.bpf.layouts import Reason
 from meshwire.bpf.loader import Programs
@@ -73,7 +73,7 @@ class PolicyKernel:
             self._maps, self._programs = None, None
             # Where an earlier agent has been at work, the pods that were there are guarded.
             self._is_settled = self._pins.exists()
-            self._programs = Programs.load(self._pins, objects=loader.POLICY_OBJECTS)
+            self._programs = migrate.load(self._pins, objects=loader.POLICY_OBJECTS)
             self._maps = PolicyMaps.open(self._pins)
             self._attached.clear()
         return self._maps

@@ -1,0 +1,47 @@
+"""What counts as left over on a node."""
+
+from __future__ import annotations
+
+import pytest
+
+from meshwire.lab.exercise import find_leftovers
+
+ON = {"encryption": {"phase": "Enforcing", "epoch": 2}, "keys": [{"epoch": 2, "publicKey": "k"}]}
+OFF = {"encryption": {"phase": "Off", "epoch": 2}}
+OUT = {**ON, "keys": [], "quarantined": True}
+SHOWN = """device meshwire_wg0
+pins meshwire
+keys {"2": "secret"}
+filter eth0 egress mw_to_netdev
+filter meshwire_wg0 ingress mw_from_wireguard
+"""
+
+
+def test_what_an_order_asks_for_is_none() -> None:
+    assert find_leftovers(ON, SHOWN) == []
+    assert find_leftovers(OFF, "") == []
+
+
+@pytest.mark.parametrize("spec", [OFF, {}])
+def test_with_encryption_off_everything_is(spec: dict[str, object]) -> None:
+    found = find_leftovers(spec, SHOWN)
+    assert len(found) == 5 and "secret" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "device meshwire_wg1",
+        "pins meshwire_next",
+        'keys {"1": "secret", "2": "secret"}',
+        "route dev meshwire_wg0 proto static",
+        "filter meshwire_wg1 ingress mw_from_wireguard",
+    ],
+)
+def test_what_is_of_another_epoch_or_way_is(line: str) -> None:
+    (found,) = find_leftovers(ON, SHOWN + line)
+    assert "secret" not in found
+
+
+def test_in_quarantine_the_guard_stays_and_keys_and_devices_go() -> None:
+    assert [each.split()[0] for each in find_leftovers(OUT, SHOWN)] == ["device", "keys", "filter"]
