@@ -173,6 +173,7 @@ def test_status_as_json(cluster: Cluster) -> None:
            ("observedGeneration", "implementation", "preparedEpoch", "activeEpoch", "strict", "peers",
             "handshakes", "leaked", "dropped", "agentVersion")},
         "unreached": [],
+        "revoked": [],
         "unreachable": [],
         "unreachableCount": 0,
         "conditions": [{**READY[0], "message": "", "lastTransitionTime": ""}],
