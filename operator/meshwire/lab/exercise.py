@@ -230,7 +230,11 @@ class Exercise:
         label = f"--selector={names.NODE_LABEL}"
         for item in self.lab.get("secrets", "--namespace", names.NAMESPACE, label)["items"]:
             node = item["metadata"]["labels"][names.NODE_LABEL]
-            wanted = {names.secret_data_key(key["epoch"]) for key in spec_of.get(node, {}).get("keys", ())}
+            keys = spec_of.get(node, {}).get("keys", ())
+            wanted = {names.secret_data_key(key["epoch"]) for key in keys}
+            wanted |= {
+                names.sealed_secret_data_key(key["epoch"]) for key in keys if key.get("epochSecretDigest")
+            }
             if not wanted:
                 found.append(f"Secret of {node}")
             found += [f"{name} in the Secret of {node}" for name in sorted(item["data"].keys() - wanted)]
