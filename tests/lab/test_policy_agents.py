@@ -113,7 +113,7 @@ def test_restarted_agents_and_changed_policies_lose_no_packet_of_what_is_allowed
     elsewhere = mesh_policy("default", "elsewhere", labels(app="nobody"), ingress=[], egress=[])
     with policies(guarded, *closed_but_for_traffic(), elsewhere):
         assert is_enforced(guarded)
-        with guarded.flows(udp_rate=500, services=True, more=near) as flows:
+        with guarded.flows(udp_rate=200, services=True, more=near) as flows:
             try:
                 for node in lab.nodes:
                     assert lab.stop_agent(node, kill=True)
