@@ -348,27 +348,21 @@ class Agent:
 
     def _open(self, data: dict[str, str], node: str, key: Key) -> HeldKey:
         """Raises KeyRefused; a key that should come with an epoch secret is none without."""
-        sealed = data.get(names.secret_data_key(key.epoch))
-        if sealed is None:
-            raise keys.KeyRefused(f"the key Secret has no key of epoch {key.epoch}")
+
+        def sealed(name: str, what: str) -> bytes:
+            if (text := data.get(name)) is None:
+                raise keys.KeyRefused(f"the key Secret has no {what} of epoch {key.epoch}")
+            return base64.b64decode(text)
+
+        private = sealed(names.secret_data_key(key.epoch), "key")
         held = keys.open_sealed(
-            base64.b64decode(sealed),
-            self._sealing_key,
-            node=node,
-            epoch=key.epoch,
-            expected=key.public_key,
+            private, self._sealing_key, node=node, epoch=key.epoch, expected=key.public_key
         )
         if not key.secret_digest:
             return held
-        sealed = data.get(names.sealed_secret_data_key(key.epoch))
-        if sealed is None:
-            raise keys.KeyRefused(f"the key Secret has no epoch secret of epoch {key.epoch}")
+        shared = sealed(names.sealed_secret_data_key(key.epoch), "epoch secret")
         secret = keys.open_epoch_secret(
-            base64.b64decode(sealed),
-            self._sealing_key,
-            node=node,
-            epoch=key.epoch,
-            expected=key.secret_digest,
+            shared, self._sealing_key, node=node, epoch=key.epoch, expected=key.secret_digest
         )
         return replace(held, epoch_secret=secret)
 

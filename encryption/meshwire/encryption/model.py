@@ -56,6 +56,12 @@ NO_PRESHARED_KEY: Final = SecretKey(bytes(32))
 """What WireGuard takes for none; telling it nothing would leave the one that is there."""
 
 
+def read_preshared_key(raw: bytes) -> SecretKey | None:
+    """As WireGuard tells of one."""
+    key = SecretKey(raw)
+    return None if key == NO_PRESHARED_KEY else key
+
+
 @dataclass(frozen=True, slots=True)
 class HeldKey:
     """A WireGuard key pair of this node. `public_key` is base64; `epoch_secret` is what preshared keys are

@@ -16,11 +16,11 @@ from meshwire.api.fields import Network
 from meshwire.encryption.health import Reading
 from meshwire.encryption.keys import public_key
 from meshwire.encryption.model import (
-    NO_PRESHARED_KEY,
     DeviceState,
     Endpoint,
     PeerState,
     SecretKey,
+    read_preshared_key,
     single_network,
 )
 from meshwire.encryption.plan import ConfigureDevice
@@ -74,7 +74,6 @@ def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
         if "public_key" not in fields:
             return
         key = base64.b64encode(bytes.fromhex(fields["public_key"])).decode()
-        preshared_key = SecretKey(bytes.fromhex(fields.get("preshared_key", "00" * 32)))
         peers[key] = PeerState(
             public_key=key,
             endpoint=parse_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
@@ -85,7 +84,7 @@ def parse_device(name: str, answer: Iterable[str]) -> DeviceState:
             + int(fields.get("last_handshake_time_nsec", 0)) / 1e9,
             received=int(fields.get("rx_bytes", 0)),
             sent=int(fields.get("tx_bytes", 0)),
-            preshared_key=None if preshared_key == NO_PRESHARED_KEY else preshared_key,
+            preshared_key=read_preshared_key(bytes.fromhex(fields.get("preshared_key", "00" * 32))),
         )
 
     for line in answer:

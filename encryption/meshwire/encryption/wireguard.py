@@ -27,11 +27,10 @@ from pyroute2.netlink.generic.wireguard import (
 from meshwire.api.fields import Network
 from meshwire.encryption.health import Reading
 from meshwire.encryption.model import (
-    NO_PRESHARED_KEY,
     DeviceState,
     Endpoint,
     PeerState,
-    SecretKey,
+    read_preshared_key,
     single_network,
 )
 from meshwire.encryption.plan import ConfigureDevice, PeerChange
@@ -264,6 +263,8 @@ def _peer_state(
             preshared_key=before.preshared_key,
         )
     endpoint = peer.get_attr("WGPEER_A_ENDPOINT")
+    # As pyroute2 has it, base64.
+    preshared_key = peer.get_attr("WGPEER_A_PRESHARED_KEY")
     handshake = peer.get_attr("WGPEER_A_LAST_HANDSHAKE_TIME") or {"tv_sec": 0, "tv_nsec": 0}
     return PeerState(
         public_key=key,
@@ -274,14 +275,8 @@ def _peer_state(
         handshake=handshake["tv_sec"] + handshake["tv_nsec"] / 1e9,
         received=peer.get_attr("WGPEER_A_RX_BYTES") or 0,
         sent=peer.get_attr("WGPEER_A_TX_BYTES") or 0,
-        preshared_key=_preshared_key(peer.get_attr("WGPEER_A_PRESHARED_KEY")),
+        preshared_key=read_preshared_key(b64decode(preshared_key)) if preshared_key else None,
     )
-
-
-def _preshared_key(text: bytes | None) -> SecretKey | None:
-    """As pyroute2 has it, base64."""
-    key = SecretKey(b64decode(text)) if text else NO_PRESHARED_KEY
-    return None if key == NO_PRESHARED_KEY else key
 
 
 def format_change(change: ConfigureDevice) -> Iterator[Attributes]:

@@ -40,10 +40,7 @@ def rotate(wait: bool, timeout: float, kubeconfig: str | None, context: str | No
         reader = cluster.Reader(cluster.Choice(kubeconfig, context))
         status = read_status(reader)
         if status.phase is not Phase.ENFORCING:
-            click.echo(
-                f"meshwire: encryption is not in force, but {status.phase}",
-                err=True,
-            )
+            click.echo(f"meshwire: encryption is not in force, but {status.phase}", err=True)
             raise SystemExit(1)
         value = datetime.now(UTC).isoformat()
         reader.patch(CONFIG, {"metadata": {"annotations": {names.ROTATE_ANNOTATION: value}}})
@@ -89,8 +86,6 @@ def _wait(reader: cluster.Reader, timeout: float) -> MeshStatus:
         except InvalidSpec as error:
             raise ClusterUnavailable(f"the MeshConfig can't be understood: {error}") from None
         status = read_status(reader)
-        if is_done(status, config):
-            return status
-        if time.monotonic() > deadline:
+        if is_done(status, config) or time.monotonic() > deadline:
             return status
         time.sleep(POLL_SECONDS)

@@ -130,7 +130,7 @@ class KeySecret:
         return next((key for key in self.keys if key.epoch == epoch), None)
 
     def public_key(self, epoch: int) -> str | None:
-        return next((key.public_key for key in self.keys if key.epoch == epoch), None)
+        return key.public_key if (key := self.key(epoch)) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

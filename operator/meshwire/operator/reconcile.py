@@ -13,7 +13,7 @@ from itertools import chain
 from meshwire.api import conditions, names
 from meshwire.api.conditions import Condition
 from meshwire.api.fields import Network
-from meshwire.api.meshconfig import Mode, missing_families
+from meshwire.api.meshconfig import MeshConfig, Mode, missing_families
 from meshwire.api.meshnode import MeshNode, Phase, Spec
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.operator import claims, phases, quarantine, rotation, secrecy, summary
@@ -46,6 +46,11 @@ class Inputs:
     published: Published = Published()
     pressure: Pressure | None = None
     epoch_secrets: Mapping[str, EpochSecret] = field(default_factory=dict)
+
+    @property
+    def mesh_config(self) -> MeshConfig | None:
+        """None where there is none, or none that can be acted upon."""
+        return self.config.config if self.config else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +203,8 @@ def reconcile(inputs: Inputs) -> Plan:
 
     highest = highest_epoch(inputs)
     live = _live(inputs)
-    config = inputs.config.config if inputs.config else None
-    order = _next_order(inputs, previous, highest)
+    config = inputs.mesh_config
+    order = _next_order(inputs, previous, highest, live)
     highest = max(highest, order.epoch)
     secret = _secrecy(inputs, order)
     cidrs, problem, scope = _cluster_cidrs(inputs, nodes)
@@ -237,9 +242,7 @@ def reconcile(inputs: Inputs) -> Plan:
             mesh_nodes=mesh_nodes,
             order=order,
             highest_epoch=highest,
-            mode=inputs.config.config.encryption.mode
-            if inputs.config and inputs.config.config
-            else Mode.STRICT,
+            mode=config.encryption.mode if config else Mode.STRICT,
             has_keys=any(secret.public_key(order.epoch) for secret in inputs.secrets.values()),
             conflicts=conflicts,
             config_problem=problem,
@@ -324,7 +327,7 @@ def highest_epoch(inputs: Inputs) -> int:
     )
 
 
-def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
+def _next_order(inputs: Inputs, previous: MeshStatus, highest: int, live: tuple[MeshNode, ...]) -> Order:
     mesh_nodes = inputs.mesh_nodes
     # All nodes gone at once and back again: what enforced before enforces still.
     fallback = (
@@ -333,14 +336,14 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
         else Order(Phase.OFF, highest)
     )
     order = phases.given((phases.order_of(node.spec) for node in mesh_nodes.values()), fallback=fallback)
-    if inputs.config and inputs.config.config is None:
+    config = inputs.mesh_config
+    if inputs.config and config is None:
         # It can't be read: nobody can say what is wanted.
         return order
-    wanted = bool(inputs.config and inputs.config.config and inputs.config.config.encryption.enabled)
+    wanted = bool(config and config.encryption.enabled)
     if order.phase is Phase.OFF and without_cidr(inputs.nodes.values()) and not inputs.published.complete:
         # Who knows a pod that its peer doesn't know yet sends what that one throws away.
         wanted = False
-    config = inputs.config.config if inputs.config else None
     overlap_ends = rotation.overlap_ends(order, previous, config)
     return phases.following(
         order,
@@ -349,7 +352,7 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int) -> Order:
         retire=overlap_ends is not None and inputs.now >= overlap_ends,
         highest_epoch=highest,
         mesh_nodes=tuple(mesh_nodes.values()),
-        live=_live(inputs),
+        live=live,
     )
 
 
@@ -365,9 +368,9 @@ def _live(inputs: Inputs) -> tuple[MeshNode, ...]:
 def _is_guarded(node: MeshNode, inputs: Inputs) -> bool:
     """All that the MeshConfig asks for is in force on the node: pods may come. Where nobody can say what is
     wanted, they wait."""
-    if inputs.config and inputs.config.config is None:
+    config = inputs.mesh_config
+    if inputs.config and config is None:
         return False
-    config = inputs.config.config if inputs.config else None
     judges = inputs.pressure is not None and node.name in inputs.pressure.judging
     return node.ready and not node.spec.is_out and (judges or not (config and config.policy.enabled))
 
@@ -433,7 +436,7 @@ def _secrecy(inputs: Inputs, order: Order) -> Secrecy:
         (key for node in inputs.mesh_nodes.values() for key in node.spec.keys),
         (key for secret in inputs.secrets.values() for key in secret.keys),
     )
-    config = inputs.config.config if inputs.config else None
+    config = inputs.mesh_config
     return secrecy.of_epoch(
         {key.secret_digest for key in keys if key.epoch == order.epoch},
         inputs.epoch_secrets.get(str(order.epoch)),
@@ -517,7 +520,7 @@ def _cluster_cidrs(
         ),
         (),
     )
-    config = inputs.config.config if inputs.config else None
+    config = inputs.mesh_config
     if inputs.config and config is None:
         return last_good, inputs.config.problem, _scope(last_good, inputs)
     asked = config.network.cluster_cidrs if config else ()

@@ -143,6 +143,12 @@ def summarize(view: View) -> MeshStatus:
 
     stalled_by = [*refused, *([listed(hopeless, hopeless.get)] if hopeless else [])]
     busy = changing or bool(waiting) or bool(view.order.retiring)
+    # These are there once there was something to say.
+    optional = (
+        (conditions.POLICY_MAP_PRESSURE, _pressure(view)),
+        (conditions.PAIRS_HEALTHY, judge_pairs(answers, live, phase, view.previous)),
+        (conditions.QUARANTINE, _quarantine(view)),
+    )
     result: tuple[conditions.Condition, ...] = view.previous.conditions
     for type, status, reason, message in (
         (conditions.READY, *ready_state),
@@ -157,6 +163,7 @@ def summarize(view: View) -> MeshStatus:
             else (conditions.STALLED, False, "Working", "")
         ),
         (conditions.STRICT_SCOPE, view.scope.whole, view.scope.reason, view.scope.message),
+        *((type, *state) for type, state in optional if state),
     ):
         result = conditions.set_condition(
             result,
@@ -165,36 +172,6 @@ def summarize(view: View) -> MeshStatus:
             reason=reason,
             message=message,
             # A MeshStatus has no spec: its generation stays 1.
-            observed_generation=1,
-            now=view.now,
-        )
-    if state := _pressure(view):
-        result = conditions.set_condition(
-            result,
-            type=conditions.POLICY_MAP_PRESSURE,
-            status=state[0],
-            reason=state[1],
-            message=state[2],
-            observed_generation=1,
-            now=view.now,
-        )
-    if pairs := judge_pairs(answers, live, phase, view.previous):
-        result = conditions.set_condition(
-            result,
-            type=conditions.PAIRS_HEALTHY,
-            status=pairs[0],
-            reason=pairs[1],
-            message=pairs[2],
-            observed_generation=1,
-            now=view.now,
-        )
-    if news := _quarantine(view):
-        result = conditions.set_condition(
-            result,
-            type=conditions.QUARANTINE,
-            status=news[0],
-            reason=news[1],
-            message=news[2],
             observed_generation=1,
             now=view.now,
         )

@@ -181,9 +181,8 @@ class Compiler:
         self._port_users: set[str] = set()
         self._service_users: defaultdict[ServicePeer, set[str]] = defaultdict(set)
         # Since the last changes().
-        self._meant: dict[
-            int, bool
-        ] = {}  # identities that are new or have new labels: were they there before?
+        # Identities that are new (False) or have new labels (True).
+        self._meant: dict[int, bool] = {}
         self._stale: set[int] = set()
         self._touched: defaultdict[int, set[int]] = defaultdict(set)
         self._removed: set[int] = set()
@@ -317,13 +316,12 @@ class Compiler:
                     audit = {}
                 if enforced or audit:
                     touched[number] = Deltas(enforced, audit)
-        moved = _moved(cidrs, self._blocks.cidrs)
-        for number, subject in self._subjects.items():
-            if subject.kept is not None and (
-                subject.kept.numbers & moved or self._is_missed(subject, self._touched.get(number, set()))
-            ):
-                subject.kept = None
-                rebuilt[number] = SubjectSets(subject.enforced.closed(), None)
+        if keeping := [subject for subject in self._subjects.values() if subject.kept is not None]:
+            moved = _moved(cidrs, self._blocks.cidrs)
+            for subject in keeping:
+                if self._is_void(subject, moved):
+                    subject.kept = None
+                    rebuilt[subject.number] = SubjectSets(subject.enforced.closed(), None)
         removed = frozenset(self._removed - self._subjects.keys())
         self._meant.clear()
         self._stale.clear()
@@ -600,16 +598,16 @@ class Compiler:
     def _is_over(self, layer: _Layer | None) -> bool:
         return layer is not None and layer.size > self._max_entries
 
-    def _is_missed(self, subject: _Subject, touched: set[int]) -> bool:
+    def _is_void(self, subject: _Subject, moved: frozenset[int]) -> bool:
         """Whether the sets that a subject keeps let somebody through for whom they were not made: one whom a
-        rule denies, or who has the number of somebody else."""
+        rule denies, or who has the number of somebody else. `moved` are numbers of blocks."""
         assert subject.kept is not None
-        if subject.kept.numbers & self._meant.keys():
+        if subject.kept & moved or subject.kept & self._meant.keys():
             return True
         return any(
             value.deny
             for half in subject.enforced.halves.values()
-            for number in touched
+            for number in self._touched.get(subject.number, ())
             for value in half.groups.get(number, _NO_ENTRIES).values()
         )
 
@@ -623,9 +621,7 @@ class Compiler:
             if not was_over:
                 numbers = {number for half in before.halves.values() for number in half.groups}
                 numbers |= self._touched.get(subject.number, set())
-                subject.kept = _Kept(
-                    frozenset(number for number in numbers if self._meant.get(number, True))
-                )
+                subject.kept = frozenset(number for number in numbers if self._meant.get(number, True))
             return None
         subject.published = True
         subject.kept = None
@@ -743,16 +739,10 @@ class _Layer:
         return PolicySet(frozenset(Direction), frozenset(), {})
 
 
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """Sets that stay in force while those that should be are too large. `numbers`: whom they are about."""
-
-    numbers: frozenset[int]
-
-
 @dataclass(slots=True, eq=False)
 class _Subject:
-    """`over`: whether `enforced` and `audit` were too large when they were published last."""
+    """`over`: whether `enforced` and `audit` were too large when they were published last. `kept`: whom the
+    sets are about that stay in force meanwhile; None: no such sets."""
 
     number: int
     policies: set[str] = field(default_factory=set)
@@ -760,7 +750,7 @@ class _Subject:
     audit: _Layer | None = None
     over: tuple[bool, bool] = (False, False)
     published: bool = False
-    kept: _Kept | None = None
+    kept: frozenset[int] | None = None
 
 
 @dataclass(slots=True, eq=False)
