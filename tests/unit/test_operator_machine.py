@@ -114,7 +114,6 @@ class OperatorMachine(RuleBasedStateMachine):
         self.requests = 0
         self.preshared = True
         self.secret_deleted = False
-        self.meddled = False
         self.relist()
 
     # What happens to the cluster.
@@ -168,9 +167,6 @@ class OperatorMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.clock += timedelta(seconds=seconds)
 
-    # Objects that people delete by hand while keys change can leave an old key behind or hold the change up.
-    # That is not handled yet, so either the one or the other is tried.
-    @precondition(lambda self: not self.meddled)
     @rule()
     def ask_for_new_keys(self) -> None:
         self.requests += 1
@@ -194,13 +190,13 @@ class OperatorMachine(RuleBasedStateMachine):
 
     # Lost while nodes still wait for keys of the epoch, it holds them up until encryption is turned off and
     # on, as the docs say.
-    @precondition(lambda self: self.server.now("epoch_secrets") and not self.meddled and self.is_calm)
+    @precondition(lambda self: self.server.now("epoch_secrets") and self.is_calm)
     @rule()
     def delete_epoch_secrets_by_hand(self) -> None:
         """Nobody watches them: it is found out by the next list."""
         for name in self.server.now("epoch_secrets"):
             self.server.remove("epoch_secrets", name)
-        self.secret_deleted = self.meddled = True
+        self.secret_deleted = True
 
     @rule(enabled=st.booleans())
     def configure(self, enabled: bool) -> None:
@@ -223,17 +219,14 @@ class OperatorMachine(RuleBasedStateMachine):
             self.serial += 1
             self.agents[name] = Agent(sealing_key=public_key(10_000 + self.serial))
 
-    @precondition(lambda self: not self.requests)
     @rule(name=st.sampled_from(NODES))
     def delete_mesh_node_by_hand(self, name: str) -> None:
-        self.meddled = True
         if name in self.server.now("mesh_nodes"):
             self.server.remove("mesh_nodes", name)
 
-    @precondition(lambda self: not self.requests and not self.secret_deleted)
+    @precondition(lambda self: not self.secret_deleted)
     @rule(name=st.sampled_from(NODES))
     def delete_secret_by_hand(self, name: str) -> None:
-        self.meddled = True
         if name in self.server.now("secrets"):
             self.server.remove("secrets", name)
 
@@ -590,8 +583,9 @@ class OperatorMachine(RuleBasedStateMachine):
                     )
         if phase is not Phase.OFF and epoch > self.highest_ordered:
             if phase is not Phase.ENABLING:
-                assert new.spec.retiring and old is not None, "an epoch begins with Enabling or a rotation"
-                assert phase is Phase.ENFORCING is old.spec.phase, "a rotation begins in Enforcing"
+                assert new.spec.retiring, "an epoch begins with Enabling or a rotation"
+                assert phase is Phase.ENFORCING, "a rotation begins in Enforcing"
+                assert old is None or old.spec.phase is Phase.ENFORCING, "a rotation begins in Enforcing"
                 assert {node.spec.epoch for node in others if node.spec.phase is not Phase.OFF} <= {
                     new.spec.retiring
                 }, "a rotation begins before the one before has ended"

@@ -312,11 +312,14 @@ def test_who_is_waited_for() -> None:
     assert waits_for(out, both_out, ["a", "b", "x"]) == ()
 
 
-def test_nothing_is_revoked_by_the_word_of_no_node_unless_there_is_none() -> None:
+def test_nothing_is_revoked_while_every_node_looks_dead_unless_there_is_none_to_ask() -> None:
     out = node("x", quarantined=True, revocation=5)
-    (told,) = follow((), {"a": node("a"), "x": out}, live=["x"], now=NOW)
+    (told,) = follow((), {"a": node("a"), "x": out}, live=[], now=NOW)
     assert not told.revoked_at
-    (told,) = follow((), {"x": out}, live=["x"], now=NOW)
+    # A dead node is not waited for, be it the last member.
+    (told,) = follow((), {"a": node("a"), "x": out}, live=["x"], now=NOW)
+    assert told.revoked_at
+    (told,) = follow((), {"x": out}, live=[], now=NOW)
     assert told.revoked_at
     assert (
         revocation_of(replace(out, spec=replace(out.spec, quarantined=False)), [told], has_secret=False) == 0

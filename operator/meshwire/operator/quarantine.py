@@ -30,9 +30,10 @@ def follow(
 ) -> tuple[Quarantine, ...]:
     """What to say of all nodes whose keys are withdrawn, by name. `live` are the nodes whose word counts."""
     known = {(each.node, each.revocation): each for each in previous}
-    members = {name for name, node in mesh_nodes.items() if not node.spec.is_out}
-    # Nothing is so by the word of no node at all, where there are some.
-    is_known = not members or not members.isdisjoint(live)
+    # Where every node looks dead, it is our view that is wrong, and nothing is so by the word of nobody.
+    is_known = any(name in mesh_nodes for name in live) or all(
+        node.spec.is_out for node in mesh_nodes.values()
+    )
     found = []
     for name, node in sorted(mesh_nodes.items()):
         if not (revocation := node.spec.revocation):

@@ -480,21 +480,17 @@ def _secret_actions(inputs: Inputs, order: Order, secrecy: Secrecy) -> list[Acti
     if order.phase not in ISSUING:
         return actions
     for name, node in sorted(mesh_nodes.items()):
-        sealing_key = node.status.sealing_key
-        # Its order comes first: an epoch that is in no spec could be forgotten, and used again.
-        if sealing_key is None or phases.order_of(node.spec) != order or node.spec.is_out:
-            continue
         known = inputs.secrets.get(name)
-        if known and known.owner != node.uid:
+        # Its order comes first: an epoch that is in no spec could be forgotten, and used again.
+        if phases.order_of(node.spec) != order or node.spec.is_out or (known and known.owner != node.uid):
             continue
+        sealing_key = node.status.sealing_key
         key = known.key(order.epoch) if known else None
         lost = secrecy.next is Next.ANOTHER_EPOCH
         # Where the epoch secret is lost, whoever has a key keeps it.
         has_key = key is not None and (lost or key.secret_digest == secrecy.digest)
-        if known is None or not has_key or known.sealed_to != sealing_key:
-            if _is_stolen(node, known) and node.spec.keys:
-                continue
-            if secrecy.next is not Next.NOTHING:
+        if sealing_key and (known is None or not has_key or known.sealed_to != sealing_key):
+            if secrecy.next is not Next.NOTHING or (_is_stolen(node, known) and node.spec.keys):
                 continue
             renewed = key is not None or node.spec.public_key(order.epoch) is not None
             beside = order.retiring if known and known.sealed_to == sealing_key else 0
@@ -503,7 +499,7 @@ def _secret_actions(inputs: Inputs, order: Order, secrecy: Secrecy) -> list[Acti
             )
             continue
         used = {order.epoch, order.retiring, *(key.epoch for key in node.spec.keys)}
-        if ended := tuple(key.epoch for key in known.keys if key.epoch not in used):
+        if known and (ended := tuple(key.epoch for key in known.keys if key.epoch not in used)):
             actions.append(WithdrawKeys(known, ended))
     return actions
 
