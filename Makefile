@@ -37,6 +37,11 @@ test: check programs kernels ## everything: unit, BPF, namespaces, lab, virtual 
 bench: programs ## the figures, as a table and in bench/results/latest.json (root)
 	$(BIN)/python -m bench
 
+soak: programs ## hours of rotations, restarts, upgrades, outages and a storm of faults, under traffic (root)
+	mkdir -p .build
+	MESHWIRE_SOAK=1 MESHWIRE_QUARANTINES=20 MESHWIRE_SOAK_RESULTS=$(CURDIR)/.build/soak.json \
+	scripts/own-namespaces $(BIN)/pytest -s tests/lab/test_soak.py tests/lab/test_quarantine.py
+
 lab-down: ## take the lab down
 	@$(BIN)/meshwire lab down
 

@@ -7,11 +7,12 @@ import json
 import sys
 from base64 import b64decode
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+from tests.lab.watch import watched
 
 from meshwire.api import preshared
 from meshwire.api.names import NAMESPACE, OPERATOR_NAMESPACE, device_name, secret_name
@@ -20,7 +21,7 @@ from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise
 from meshwire.lab.model import LabError
 
-RATE = 300
+RATE = 600
 """UDP packets per second of each flow: this is about keys."""
 QUICK = {"interval": "0s", "overlap": "5s"}
 
@@ -46,18 +47,6 @@ while time.monotonic() < end:
         socket.socket(family, socket.SOCK_DGRAM).sendto(b"in clear?", (target, 4000))
     time.sleep(0.02)
 """
-
-
-@contextmanager
-def clean(exercise: Exercise, directory: Path) -> Iterator[None]:
-    """Flows between all nodes that lose nothing, and nothing of them is in clear."""
-    with Capture(directory / "wire.pcap") as capture:
-        with exercise.flows(udp_rate=RATE, tcp_rate=100_000) as flows:
-            yield
-    print(f"{flows.packets} packets sent, {flows.lost} lost; on the wire: {capture.report}")
-    assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
-    assert capture.report and capture.report.clear == 0, capture.report
-    assert capture.report.wireguard_by_type.get(4, 0) > 100, capture.report
 
 
 def in_force(exercise: Exercise, node: str, epoch: int) -> dict[str, str]:
@@ -114,7 +103,7 @@ def test_every_pair_has_a_preshared_key_and_gets_new_ones_without_loss(
     if "epochSecretDigest" not in published(quick, "node1"):
         quick.rotate()
     assert_preshared(quick)
-    with clean(quick, tmp_path):
+    with watched(quick, tmp_path, "preshared keys", rate=RATE):
         quick.rotate()
         assert_preshared(quick)
         before = published(quick, "node1")
@@ -175,5 +164,5 @@ def test_without_its_secret_a_node_has_no_tunnel_and_sends_nothing_in_clear(
     )
     assert quick.mesh_status()["epoch"] == epoch
     assert_preshared(quick)
-    with clean(quick, tmp_path):
+    with watched(quick, tmp_path, "preshared keys", rate=RATE):
         pass

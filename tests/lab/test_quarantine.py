@@ -125,7 +125,7 @@ def test_a_quarantined_node_is_nobodys_peer_and_nobody_else_notices(
     print(
         f"until nobody had it as a peer any more, {ROUNDS} rounds: "
         + ", ".join(
-            f"{name} p50 {sorted(values)[ROUNDS // 2]:.2f} s, p95 {sorted(values)[-1]:.2f} s"
+            f"{name} p50 {sorted(values)[ROUNDS // 2]:.2f} s, p95 {sorted(values)[ROUNDS * 95 // 100]:.2f} s"
             for name, values in (("kubectl to MeshStatus", took), ("as MeshStatus says", told))
         )
     )

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.lab.watch import watched
 
 from meshwire.api.names import NAMESPACE, OPERATOR_NAMESPACE, device_name, secret_name
-from meshwire.lab.capture import Capture
-from meshwire.lab.exercise import Exercise, Flows
+from meshwire.lab.exercise import Exercise
 
-ROTATIONS = int(os.environ.get("MESHWIRE_ROTATIONS", "2"))
-"""In a row, under traffic; a soak asks for a hundred."""
-RATE = int(os.environ.get("MESHWIRE_ROTATION_RATE", "500"))
-"""UDP packets per second between every two nodes, each direction. A soak asks for 2,000, of a machine with
-nothing else to do: one that stands still for a second loses some of those by itself."""
+ROTATIONS = 2
+RATE = 500
+"""UDP packets per second between every two nodes, each direction."""
 QUICK = {"interval": "0s", "overlap": "5s"}
-
-
-@contextmanager
-def watched(
-    exercise: Exercise, directory: Path, rate: int, *, nodes: tuple[str, ...] | None = None
-) -> Iterator[Flows]:
-    """Flows between every two nodes and a record of the wire, both of which have to be clean at the end.
-    Each pair of nodes has one UDP flow in each direction; its rate is shared by the families."""
-    families = len(exercise.lab.state.settings.families)
-    with Capture(directory / f"wire-{time.monotonic_ns()}.pcap") as capture:
-        with exercise.flows(udp_rate=rate // families, tcp_rate=50_000, nodes=nodes) as flows:
-            yield flows
-    report = capture.report
-    print(f"{flows.packets} packets sent, {flows.lost} lost; on the wire: {report}")
-    assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
-    # The record itself may have gaps on a busy machine: that nothing in clear was in it must not hang on it.
-    assert report and report.clear == 0, report
-    assert report.wireguard_by_type.get(4, 0) > 100, report
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +75,7 @@ def assert_nothing_is_left(exercise: Exercise) -> None:
 
 def test_keys_change_under_traffic(rotating: Exercise, rate: int, tmp_path: Path) -> None:
     before = rotating.mesh_status()
-    with watched(rotating, tmp_path, rate):
+    with watched(rotating, tmp_path, f"{ROTATIONS} rotations", rate=rate):
         for number in range(ROTATIONS):
             began = time.monotonic()
             rotating.rotate()
@@ -113,7 +90,7 @@ def test_keys_change_under_traffic(rotating: Exercise, rate: int, tmp_path: Path
 def test_operator_and_agent_die_while_keys_change(rotating: Exercise, rate: int, tmp_path: Path) -> None:
     before = rotating.mesh_status()["epoch"]
     lab = rotating.lab
-    with watched(rotating, tmp_path, rate):
+    with watched(rotating, tmp_path, "a rotation, operator and agent killed", rate=rate):
         rotating.rotate(wait=False)
         rotating.wait_until(
             lambda: rotating.mesh_node("node2")["spec"]["encryption"].get("retiring") == before,
@@ -136,7 +113,7 @@ def test_operator_and_agent_die_while_keys_change(rotating: Exercise, rate: int,
 
 def test_a_node_goes_down_while_keys_change_twice(rotating: Exercise, rate: int, tmp_path: Path) -> None:
     lab, before = rotating.lab, rotating.mesh_status()["epoch"]
-    with watched(rotating, tmp_path, rate, nodes=("node1", "node2")):
+    with watched(rotating, tmp_path, "two rotations, a node down", rate=rate, nodes=("node1", "node2")):
         rotating.rotate(wait=False)
         lab.reboot_node("node3")
         command = [sys.executable, "-m", "meshwire.cli", "rotate", "--wait"]
@@ -147,5 +124,5 @@ def test_a_node_goes_down_while_keys_change_twice(rotating: Exercise, rate: int,
     rotating.wait_for_probes()
     assert rotating.mesh_status()["epoch"] >= before + 1
     assert_nothing_is_left(rotating)
-    with watched(rotating, tmp_path, min(rate, 200)):
+    with watched(rotating, tmp_path, "after that", rate=min(rate, 200)):
         time.sleep(3)

@@ -267,11 +267,12 @@ class Lab:
 
     # Parts
 
-    def start_agent(self, node: str) -> None:
-        """The agent and, where it doesn't run, the userspace WireGuard beside it."""
+    def start_agent(self, node: str, **environment: str) -> None:
+        """The agent and, where it doesn't run, the userspace WireGuard beside it. With a PYTHONPATH in its
+        environment it can be another version than the rest."""
         with self._locked():
             state = self.state
-            self._start_mesh(state.node(node), state)
+            self._start_mesh(state.node(node), state, **environment)
 
     def stop_agent(self, node: str, *, kill: bool = False) -> bool:
         """The agent alone, with SIGTERM or SIGKILL; nothing starts it again. Tells whether it ran."""
@@ -506,14 +507,14 @@ class Lab:
             )
         return processes.in_namespaces(node.netns, mounts_of=holder)
 
-    def _start_mesh(self, node: Node, state: State) -> None:
+    def _start_mesh(self, node: Node, state: State, **environment: str) -> None:
         token = self.paths.token_directory(node.name) / "token"
         _wait_for_file(token, f"{node.name} gets no token; see `meshwire lab logs {node.name}.node`")
         on_node = self._enter_node(node)
         env = controlplane.pod_environment(
             state.settings, NODE_NAME=node.name, POD_NAME=f"agent-{node.name}"
         )
-        env = processes.environment(state.lab_id, **env)
+        env = processes.environment(state.lab_id, **env) | environment
         if not self.pid(f"{node.name}.wireguard"):
             command = _python("meshwire.agent.userspace")
             processes.start(self.paths, f"{node.name}.wireguard", command, env=env, prefix=on_node)

@@ -32,6 +32,9 @@ RATE: Final = struct.Struct(">IH")
 
 RECEIVE_BUFFER: Final = 8 * 1024 * 1024
 SO_RCVBUFFORCE: Final = 33
+MAX_GAPS: Final = 50
+"""Of a flow that has lost something: when a later packet came, the first number that was not there, and how
+many."""
 MIN_PAUSE: Final = 0.002
 """Seconds between two times of sending."""
 DRAIN_SECONDS: Final = 1.0
@@ -51,12 +54,15 @@ class Counted:
     duplicates: int = 0
     reordered: int = 0
     longest_gap: float = 0.0
+    _gaps: list[tuple[float, int, int]] = field(default_factory=list)
     _missing: set[int] = field(default_factory=set)
     _highest: int = -1
     _last: float | None = None
 
     def take(self, sequence: int, now: float) -> None:
         if sequence > self._highest:
+            if (skipped := sequence - self._highest - 1) and len(self._gaps) < MAX_GAPS:
+                self._gaps.append((round(time.time(), 3), self._highest + 1, skipped))
             self._missing.update(range(self._highest + 1, sequence))
             self._highest = sequence
         elif sequence in self._missing:
@@ -84,6 +90,7 @@ class Counted:
             "reordered": self.reordered,
             "longest_gap_ms": round(self.longest_gap * 1000, 1),
             "missing": self.missing(sent),
+            "gaps": self._gaps if self.received < sent else [],
         }
 
 
