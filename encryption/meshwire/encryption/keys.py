@@ -59,7 +59,7 @@ def open_epoch_secret(
 ) -> SecretKey:
     """The epoch secret in a key Secret's data. Raises KeyRefused where it was not sealed to us, or for
     another node or epoch, or has another digest than `expected`, the one that the operator published."""
-    secret = _open(sealed, sealing_key, node, f"{epoch}-secret", f"secret of epoch {epoch}")
+    secret = _open(sealed, sealing_key, node, preshared.sealed_as(epoch), f"secret of epoch {epoch}")
     if not hmac.compare_digest(preshared.digest(secret.reveal(), epoch), expected):
         raise KeyRefused(f"the sealed secret of epoch {epoch} is not the one the operator published")
     return secret

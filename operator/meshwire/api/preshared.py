@@ -20,6 +20,11 @@ def digest(secret: bytes, epoch: int) -> str:
     return b64encode(_blake2b(secret, _DIGEST, _epoch(epoch))).decode()
 
 
+def sealed_as(epoch: int) -> str:
+    """What an epoch secret is called within what is sealed to a node."""
+    return f"{epoch}-secret"
+
+
 def pair_key(secret: bytes, epoch: int, one: str, other: str) -> bytes:
     """The preshared key (32 bytes) between two nodes with these WireGuard public keys (base64), whichever
     comes first. Raises ValueError for what is no key, or twice the same."""

@@ -39,7 +39,7 @@ def new_epoch_secret() -> bytes:
 
 def seal_epoch_secret(secret: bytes, *, node: str, epoch: int, sealing_key: str) -> bytes:
     """The epoch secret for this node alone, sealed to `sealing_key` (base64). Raises UnusableSealingKey."""
-    return _seal(node, f"{epoch}-secret", secret, sealing_key)
+    return _seal(node, preshared.sealed_as(epoch), secret, sealing_key)
 
 
 def _seal(node: str, what: str, raw: bytes, sealing_key: str) -> bytes:
