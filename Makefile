@@ -40,7 +40,7 @@ bench: programs ## the figures, as a table and in bench/results/latest.json (roo
 soak: programs ## hours of rotations, restarts, upgrades, outages and a storm of faults, under traffic (root)
 	mkdir -p .build
 	MESHWIRE_SOAK=1 MESHWIRE_QUARANTINES=20 MESHWIRE_SOAK_RESULTS=$(CURDIR)/.build/soak.json \
-	scripts/own-namespaces $(BIN)/pytest -s tests/lab/test_soak.py tests/lab/test_quarantine.py
+	scripts/own-namespaces $(BIN)/pytest -s --timeout=0 tests/lab/test_soak.py tests/lab/test_quarantine.py
 
 lab-down: ## take the lab down
 	@$(BIN)/meshwire lab down

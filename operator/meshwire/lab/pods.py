@@ -489,6 +489,9 @@ class Worker:
     async def _report_latest(self) -> None:
         while not self._gone and self._progress:
             status = pod_status(self._pod, self._progress, self._machine.addresses, self._started, _now())
+            if "podIPs" in status:
+                # After a reboot it has others, which would be added to those it had.
+                status["podIPs"] = [{"$patch": "replace"}, *status["podIPs"]]
             # Another pod of the same name is refused as a conflict.
             body = {"metadata": {"uid": self.uid}, "status": status}
             try:
