@@ -20,7 +20,7 @@ from meshwire.api.meshconfig import Encryption, KeyRotation, MeshConfig
 from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status, Unreachable
 from meshwire.api.meshstatus import MeshStatus, Rotation
 from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
-from meshwire.operator.reconcile import Inputs, reconcile
+from meshwire.operator.reconcile import Inputs, WriteConfigStatus, reconcile
 
 START = "2026-01-01T00:00:00Z"
 FEW, MANY = 40, 160
@@ -156,3 +156,24 @@ def work(inputs: Inputs) -> int:
 def test_thinking_grows_with_the_nodes_not_with_their_pairs(case: str) -> None:
     few, many = (work(CASES[case](count)) for count in (FEW, MANY))
     assert many / few < 1.15 * MANY / FEW
+
+
+def test_without_nodes_nothing_is_written_again_and_again() -> None:
+    """Nobody can be ordered to encrypt, and no epoch is used up by that."""
+    inputs = replace(cluster(0, ENABLING, moved(1)), status=None, epoch_secrets={})
+    for _ in range(3):
+        plan = reconcile(inputs)
+        assert inputs.config is not None
+        accepted = next(
+            (each.conditions for each in plan.actions if isinstance(each, WriteConfigStatus)), ()
+        )
+        inputs = replace(
+            inputs,
+            status=plan.status,
+            config=replace(inputs.config, conditions=accepted or inputs.config.conditions),
+        )
+    assert not plan.actions and plan.status.epoch == 0 and plan.status.phase is Phase.OFF
+    joined = reconcile(
+        replace(cluster(1, ENABLING, moved(1)), mesh_nodes={}, secrets={}, status=plan.status)
+    )
+    assert joined.status.phase is Phase.ENABLING

@@ -341,7 +341,8 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int, live: Live) 
     if inputs.config and config is None:
         # It can't be read: nobody can say what is wanted.
         return order
-    wanted = bool(config and config.encryption.enabled)
+    # Without a node nobody could be given the order, and each look would begin another epoch.
+    wanted = bool(config and config.encryption.enabled and (inputs.nodes or order.phase is not Phase.OFF))
     if order.phase is Phase.OFF and without_cidr(inputs.nodes.values()) and not inputs.published.complete:
         # Who knows a pod that its peer doesn't know yet sends what that one throws away.
         wanted = False
