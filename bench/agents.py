@@ -25,7 +25,7 @@ from bench.simulated import Mesh, device_epochs, show
 from nacl.public import PrivateKey
 
 from meshwire.agent.kernel import Kernel
-from meshwire.agent.loop import RETRIES, SETTLE, Agent, Outcome
+from meshwire.agent.loop import COUNTERS_EVERY, RETRIES, SETTLE, Agent, Outcome
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World, parse_member, parse_status
 from meshwire.api import names
@@ -56,6 +56,10 @@ class SimulatedAgent(Agent):
 
     def __init__(self, settings: Settings, client: Client, sealing_key: SecretKey) -> None:
         super().__init__(settings, cast(Kernel, None), client, sealing_key)
+
+    @property
+    def counters_due(self) -> bool:
+        return time.monotonic() >= self._written + COUNTERS_EVERY
 
     async def look(self, own: Member, status: Status, mesh: Mesh, version: str) -> float:
         """Once; seconds until the next time, unless something happens. Raises what Client raises."""
@@ -88,7 +92,7 @@ class NodeState:
     agent: SimulatedAgent
     member: Member | None = None
     status: Status = field(default_factory=Status)
-    behind: int = -1
+    behind: int = sys.maxsize
     """At the latest look."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -124,7 +128,9 @@ class Simulation:
         while True:
             await asyncio.sleep(SWEEP)
             for node in self.nodes.values():
-                if node.member and self.mesh.concerns(node.member, node.behind):
+                if node.member and self.mesh.concerns(
+                    node.member, node.behind, counters_due=node.agent.counters_due
+                ):
                     node.wake.set()
 
     async def live(self, node: NodeState) -> None:

@@ -64,10 +64,13 @@ class Mesh:
         moved = self.devices.get(own.spec.epoch, set())
         return len(self.numbers) - 1 - (len(moved) - 1 if own.name in moved else 0)
 
-    def concerns(self, own: Member, before: int) -> bool:
-        """What others have done since there were `before` nodes behind may change what the node reports."""
+    def concerns(self, own: Member, before: int, *, counters_due: bool) -> bool:
+        """What others have done since there were `before` nodes behind changes what the node reports.
+        Who is behind is told when few are left, as counters are: a look in between would write nothing."""
         now = self.behind(own)
-        return now != before and now <= MAX_BEHIND
+        if now == before or now > MAX_BEHIND:
+            return False
+        return now == 0 or before > MAX_BEHIND or counters_due
 
 
 def _assign(sets: dict[int, set[str]], name: str, epochs: set[int]) -> None:
