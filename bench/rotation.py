@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bench.agents import Totals
 from bench.figures import Figure
@@ -139,6 +139,17 @@ def measure(sizes: Sequence[int] = SIZES) -> list[Figure]:
     """In namespaces of its own (bench.isolated). About six minutes. Raises LabError, and TimeoutError where
     keys don't change."""
     return figures([count(nodes) for nodes in sizes])
+
+
+def short() -> dict[str, Any]:
+    """What is written and asked for among few nodes, in well under a minute."""
+    counted = count(30, quiet=1.0)
+    return {
+        "nodes": counted.nodes,
+        "writes": counted.writes,
+        "others": counted.others,
+        "ended": counted.ended,
+    }
 
 
 def count(nodes: int, *, quiet: float = QUIET) -> Counted:
