@@ -49,6 +49,7 @@ PARTS: Final = {
     "nearby": Part("bench.nearby", "between two pods of one node", 600),
     "memory": Part("bench.memory", "an agent among a thousand nodes", 600),
     "scale": Part("bench.scale", "an agent among fifty thousand pods", 600),
+    "rotation": Part("bench.rotation", "one change of keys among a hundred and a thousand nodes", 1500),
     "publishing": Part("bench.publishing", "the operator among fifty thousand pods", 1800, on_demand=True),
 }
 

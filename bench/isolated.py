@@ -31,13 +31,13 @@ class Failed(Exception):
     """A measurement did not come to its end; the text ends with the last it said."""
 
 
-def measure(module: str, *, seconds: float) -> Any:
-    """What the module's measure() returns, as JSON can say it. It is ended after `seconds`. Raises Failed;
-    needs root."""
+def measure(module: str, *, seconds: float, function: str = "measure") -> Any:
+    """What the module's measure(), or another `function` of it, returns, as JSON can say it. It is ended
+    after `seconds`. Raises Failed; needs root."""
     command = [
         *("unshare", "--mount", "--propagation", "private", "--net"),
         *("--pid", "--fork", "--kill-child", "--mount-proc"),
-        *("sh", "-c", SETUP, "isolated", sys.executable, "-m", "bench.isolated", module),
+        *("sh", "-c", SETUP, "isolated", sys.executable, "-m", "bench.isolated", module, function),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
@@ -59,4 +59,5 @@ def _tail(text: str | bytes | None) -> str:
 if __name__ == "__main__":
     # Whatever a library prints to stdout must not get into the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
-    json.dump(import_module(sys.argv[1]).measure(), answer, default=asdict)
+    module, function = sys.argv[1:]
+    json.dump(getattr(import_module(module), function)(), answer, default=asdict)

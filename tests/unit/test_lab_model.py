@@ -62,7 +62,7 @@ def test_other_names_are_accepted(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"nodes": 0}, "nodes"),
+        ({"nodes": -1}, "nodes"),
         ({"nodes": 201}, "nodes"),
         ({"families": ()}, "families"),
         ({"families": ("v4", "v4")}, "families"),

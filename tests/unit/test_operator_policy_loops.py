@@ -16,7 +16,7 @@ from meshwire.api.meshpolicyreport import MapPressure
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.kube.client import ApiError, Client
 from meshwire.kube.events import Event
-from meshwire.operator import policyloop, policystatus, policyworld, rounds
+from meshwire.operator import loop, policyloop, policystatus, policyworld, reconcile, rounds
 from meshwire.operator.apply import Hands
 from meshwire.operator.metrics import Metrics
 from meshwire.operator.objects import Config, Node
@@ -24,7 +24,7 @@ from meshwire.operator.policyapply import PolicyHands
 from meshwire.operator.policyloop import EndpointLoop, StatusLoop
 from meshwire.operator.policyreconcile import Plan
 from meshwire.operator.policyworld import PolicyWorld
-from meshwire.operator.reconcile import Inputs, WriteStatus, reconcile
+from meshwire.operator.reconcile import Inputs, WriteStatus
 from meshwire.operator.summary import Pressure
 from meshwire.operator.watches import Watched
 from meshwire.operator.world import World
@@ -110,9 +110,8 @@ class Server(Client):
 
 @pytest.fixture
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
-    monkeypatch.setattr(rounds, "DEBOUNCE", 0.01)
-    monkeypatch.setattr(policyloop, "DEBOUNCE", 0.01)
-    monkeypatch.setattr(policyloop, "STATUS_DEBOUNCE", 0.01)
+    monkeypatch.setattr(rounds.Rounds, "debounce_seconds", 0.01)
+    monkeypatch.setattr(policyloop.StatusLoop, "debounce_seconds", 0.01)
     monkeypatch.setattr(policyworld, "SETTINGS_DEBOUNCE", 0.01)
     cluster = Cluster()
     tasks = [
@@ -295,7 +294,8 @@ async def test_a_change_after_a_rest_is_looked_at_without_delay(monkeypatch: pyt
     clock, cluster = Clock(), Cluster()
     for watch in cluster.world.watches.values():
         watch.complete = True
-    monkeypatch.setattr(policyloop, "time", clock)
+    for module in (policyloop, loop, rounds):
+        monkeypatch.setattr(module, "time", clock)
 
     def look(inputs: object) -> Plan:
         clock.now += 4
@@ -303,17 +303,34 @@ async def test_a_change_after_a_rest_is_looked_at_without_delay(monkeypatch: pyt
 
     monkeypatch.setattr(policyloop, "reconcile", look)
     monkeypatch.setattr(policystatus, "plan", lambda *inputs: look(inputs).actions)
+    monkeypatch.setattr(loop, "reconcile", lambda inputs: (look(inputs), reconcile.Plan())[1])
     cluster.world.stale.clear()
-    for loop, least in (
+
+    class Known(World):
+        async def gather(self) -> reconcile.Inputs:
+            return reconcile.Inputs(
+                nodes={},
+                mesh_nodes={},
+                secrets={},
+                config=None,
+                status=None,
+                found_cidrs=(),
+                recent_ids=(),
+                now=datetime(2026, 1, 1, tzinfo=UTC),
+            )
+
+    nodes = loop.Loop(Metrics(), lambda: True, cluster.server, Known(cluster.server, ""), "one")
+    for each, least in (
+        (nodes, rounds.DEBOUNCE),
         (cluster.endpoints, rounds.DEBOUNCE),
         (cluster.statuses, policyloop.STATUS_DEBOUNCE),
     ):
-        await loop._round()
-        assert loop.debounce == policyloop.SHARE * 4
+        await each._round()
+        assert each.debounce == rounds.SHARE * 4
         clock.now += 5
-        assert loop.debounce == policyloop.SHARE * 4 - 5
+        assert each.debounce == rounds.SHARE * 4 - 5
         clock.now += 5
-        assert loop.debounce == least
+        assert each.debounce == least
 
 
 async def test_encryption_has_pods_published_where_nodes_have_no_cidr(cluster: Cluster) -> None:
@@ -377,7 +394,7 @@ async def test_a_map_that_fills_up_is_told_once(cluster: Cluster) -> None:
     async def look(*, live: bool = True) -> conditions.Condition | None:
         """As the loop of nodes does, for a node that has had its part."""
         nonlocal status
-        plan = reconcile(
+        plan = reconcile.reconcile(
             Inputs(
                 nodes={"a": Node(name="a", uid="node-a", live=live)},
                 mesh_nodes={"a": MeshNode(name="a", owner="node-a")},

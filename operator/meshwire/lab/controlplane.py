@@ -137,7 +137,24 @@ def apiserver_command(binaries: Path, paths: Paths, settings: Settings) -> list[
         "--allow-privileged=true",
         "--profiling=false",
         "--event-ttl=1h",
+        *(
+            (f"--audit-policy-file={paths.audit_policy}", f"--audit-log-path={paths.log('audit')}")
+            if settings.audit
+            else ()
+        ),
     ]
+
+
+def audit_policy() -> str:
+    """One line for each request, when it has been answered; a watch is one when it ends."""
+    return yaml.safe_dump(
+        {
+            "apiVersion": "audit.k8s.io/v1",
+            "kind": "Policy",
+            "omitStages": ["RequestReceived", "ResponseStarted"],
+            "rules": [{"level": "Metadata", "omitManagedFields": True}],
+        }
+    )
 
 
 def controller_manager_command(binaries: Path, paths: Paths, settings: Settings) -> list[str]:

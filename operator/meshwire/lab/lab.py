@@ -441,6 +441,8 @@ class Lab:
         controlplane.make_credentials(self.paths, settings, state.api_port)
         network.make_underlay(settings)
         network.make_control(settings)
+        if settings.audit:
+            self.paths.audit_policy.write_text(controlplane.audit_policy())
         self._spawn_control(state, "etcd", controlplane.etcd_command(programs, self.paths))
         self._spawn_control(
             state, "apiserver", controlplane.apiserver_command(programs, self.paths, settings)

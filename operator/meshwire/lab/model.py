@@ -75,10 +75,13 @@ class Settings:
     node_cidr: bool = True
     mesh: bool = True
     """Whether operator, agents and userspace WireGuard run; without them it is a plain cluster."""
+    audit: bool = False
+    """Whether the API server logs who asked it for what (log `audit`)."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.nodes <= MAX_NODES:
-            raise LabError(f"{self.nodes} nodes: a lab has 1 to {MAX_NODES}")
+        # None: a control plane alone.
+        if not 0 <= self.nodes <= MAX_NODES:
+            raise LabError(f"{self.nodes} nodes: a lab has up to {MAX_NODES}")
         if (
             not self.families
             or len(set(self.families)) != len(self.families)
@@ -192,6 +195,10 @@ class Paths:
     @property
     def kubeconfig(self) -> Path:
         return self.root / "kubeconfig"
+
+    @property
+    def audit_policy(self) -> Path:
+        return self.root / "audit-policy.yaml"
 
     @property
     def pool(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from ipaddress import ip_network
 from typing import Final
 
 from meshwire.api import names
@@ -37,6 +36,11 @@ class Share:
     keys: list[Key] = field(default_factory=list)
 
 
+_Span = tuple[int, int, int]
+"""A range of addresses: IP version, first and last. With thousands of them, `ipaddress` itself would take
+most of the time of a look."""
+
+
 @dataclass(slots=True)
 class _Spans:
     """Address ranges of one kind with their owners. No two overlap, so neighbours in order are enough to
@@ -44,9 +48,9 @@ class _Spans:
 
     by_start: list[tuple[int, int, int, str]] = field(default_factory=list)
 
-    def find(self, network: Network) -> str | None:
-        """The owner of a range that overlaps `network`."""
-        version, first, last = _span(network)
+    def find(self, span: _Span) -> str | None:
+        """The owner of a range that overlaps `span`."""
+        version, first, last = span
         place = bisect_right(self.by_start, (version, last, 2**128, ""))
         if place:
             other_version, _, other_last, owner = self.by_start[place - 1]
@@ -54,9 +58,9 @@ class _Spans:
                 return owner
         return None
 
-    def find_others(self, network: Network, name: str) -> str | None:
-        """The owner, other than `name`, of any range inside `network`."""
-        version, first, last = _span(network)
+    def find_others(self, span: _Span, name: str) -> str | None:
+        """The owner, other than `name`, of any range inside `span`."""
+        version, first, last = span
         start = bisect_left(self.by_start, (version, first, 0, ""))
         for place in range(start, len(self.by_start)):
             other_version, other_first, _, owner = self.by_start[place]
@@ -66,12 +70,13 @@ class _Spans:
                 return owner
         return None
 
-    def add(self, network: Network, name: str) -> None:
-        insort(self.by_start, (*_span(network), name))
+    def add(self, span: _Span, name: str) -> None:
+        insort(self.by_start, (*span, name))
 
 
-def _span(network: Network) -> tuple[int, int, int]:
-    return network.version, int(network.network_address), int(network.broadcast_address)
+def _span(network: Network) -> _Span:
+    first = int(network.network_address)
+    return network.version, first, first + (1 << (network.max_prefixlen - network.prefixlen)) - 1
 
 
 def settle(
@@ -90,8 +95,8 @@ def settle(
         return (mesh_node.created if mesh_node else "~", nodes[name].created, name)
 
     def claim_address(name: str, address: Address) -> None:
-        network = ip_network(address)
-        if owner := addresses.find(network):
+        span = (address.version, int(address), int(address))
+        if owner := addresses.find(span):
             conflicts.append(
                 Conflict(
                     DUPLICATE_ADDRESS,
@@ -100,7 +105,7 @@ def settle(
                     f"{name} has address {address} of {owner}, which keeps it",
                 )
             )
-        elif (owner := pod_cidrs.find(network)) and owner != name:
+        elif (owner := pod_cidrs.find(span)) and owner != name:
             conflicts.append(
                 Conflict(
                     DUPLICATE_ADDRESS,
@@ -110,15 +115,16 @@ def settle(
                 )
             )
         else:
-            addresses.add(network, name)
+            addresses.add(span, name)
             shares[name].addresses.append(address)
 
     def claim_pod_cidr(name: str, cidr: Network) -> None:
-        owner = pod_cidrs.find(cidr)
+        span = _span(cidr)
+        owner = pod_cidrs.find(span)
         if owner == name:
             # Its own blocks overlap: the one granted covers, or is, the other.
             return
-        if owner := owner or addresses.find_others(cidr, name):
+        if owner := owner or addresses.find_others(span, name):
             conflicts.append(
                 Conflict(
                     OVERLAPPING_POD_CIDR,
@@ -128,7 +134,7 @@ def settle(
                 )
             )
         else:
-            pod_cidrs.add(cidr, name)
+            pod_cidrs.add(span, name)
             shares[name].pod_cidrs.append(cidr)
 
     def claim_key(name: str, key: Key) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
@@ -91,8 +92,9 @@ class Loop(Rounds):
         is_time = self._look_again is not None and inputs.now >= self._look_again
         if self._last is not None and not is_time and _same(inputs, self._last):
             return False
-        with self.metrics.rounds.time():
-            plan = reconcile(inputs)
+        started = time.monotonic()
+        plan = reconcile(inputs)
+        self.metrics.rounds.observe(self._looked(started))
         self._look_again = plan.look_again
         if plan.conflicts is not None:
             self.metrics.observe(plan.status, len(plan.conflicts))

@@ -23,12 +23,13 @@ def judge_pairs(
         return (None, "Off", "") if is_known else None
     dead: list[str] = []
     rest = 0
-    for name in sorted(set(live) & mesh_nodes.keys()):
+    alive = frozenset(live)
+    for name in sorted(alive & mesh_nodes.keys()):
         status = mesh_nodes[name].status
         dead += [
             f"{name} hears nothing from {each.node} since {each.since} ({each.reason})"
             for each in status.unreachable
-            if each.node in live
+            if each.node in alive
         ]
         rest += max(0, status.unreachable_count - len(status.unreachable))
     if not dead and not rest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshwire.api.meshnode import MeshNode, Phase, Spec
@@ -16,6 +16,32 @@ class Order:
     phase: Phase
     epoch: int
     retiring: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The MeshNodes of live nodes, and what each of them is held against, found once for all: `by_number`
+    their names, `keyed` by epoch who publishes a key."""
+
+    nodes: tuple[MeshNode, ...] = ()
+    by_number: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    keyed: Mapping[int, frozenset[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, nodes: Iterable[MeshNode]) -> Live:
+        nodes = tuple(nodes)
+        by_number: dict[int, set[str]] = {}
+        keyed: dict[int, set[str]] = {}
+        for node in nodes:
+            # While an older node has the number too, there are two of it.
+            by_number.setdefault(node.spec.id, set()).add(node.name)
+            for key in node.spec.keys:
+                keyed.setdefault(key.epoch, set()).add(node.name)
+        return cls(
+            nodes,
+            {number: frozenset(names) for number, names in by_number.items()},
+            {epoch: frozenset(names) for epoch, names in keyed.items()},
+        )
 
 
 def order_of(spec: Spec) -> Order:
@@ -70,17 +96,17 @@ def following(
     retire: bool = False,
     highest_epoch: int,
     mesh_nodes: Collection[MeshNode],
-    live: Collection[MeshNode],
+    live: Live,
 ) -> Order:
     """The order to give next; the same one while there is something to wait for. `mesh_nodes` are those of
-    all nodes, `live` those of live nodes. `rotate`: new keys are wanted; `retire`: the overlap is over.
+    all nodes. `rotate`: new keys are wanted; `retire`: the overlap is over.
     Nothing moves on by the word of no node at all: when every Node
     looks dead, it is our view that is wrong."""
     if order.phase is Phase.OFF:
         return Order(Phase.ENABLING, highest_epoch + 1) if wanted else order
     if order.phase in (Phase.ENABLING, Phase.ENFORCING) and not wanted:
         return Order(Phase.DISABLING, order.epoch, order.retiring)
-    if not live or not all(arrived(node, order) for node in mesh_nodes):
+    if not live.nodes or not all(arrived(node, order) for node in mesh_nodes):
         return order
     if order.phase is Phase.ENFORCING:
         if order.retiring:
@@ -88,7 +114,7 @@ def following(
         if not rotate:
             return order
         return Order(Phase.ENFORCING, next_epoch(order.epoch, highest_epoch), retiring=order.epoch)
-    if all(has_moved(node, order, live) for node in live):
+    if all(has_moved(node, order, live) for node in live.nodes):
         match order.phase:
             case Phase.ENABLING:
                 return Order(Phase.ENFORCING, order.epoch)
@@ -104,11 +130,11 @@ def next_epoch(epoch: int, highest: int) -> int:
     return highest + 1 if (highest + 1 - epoch) % 2 else highest + 2
 
 
-def all_rotated(order: Order, live: Collection[MeshNode]) -> bool:
+def all_rotated(order: Order, live: Live) -> bool:
     """Of a rotation: no live node sends to another by the old keys, or will. A node that never had one need
     not be asked."""
-    concerned = [node for node in live if node.spec.public_key(order.retiring)]
-    return any(has_moved(node, order, live) for node in live) and all(
+    concerned = [node for node in live.nodes if node.spec.public_key(order.retiring)]
+    return any(has_moved(node, order, live) for node in live.nodes) and all(
         has_moved(node, order, live) for node in concerned
     )
 
@@ -120,7 +146,7 @@ def arrived(node: MeshNode, order: Order) -> bool:
     return order_of(node.spec) == order
 
 
-def has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
+def has_moved(node: MeshNode, order: Order, live: Live) -> bool:
     """The node reports, of its present spec, what the next phase waits for."""
     if order.phase in _WITHOUT_JOINING and node.spec.phase is Phase.OFF:
         return True
@@ -130,7 +156,8 @@ def has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
         case Phase.ENABLING:
             # A node that joined after the report must be among its peers, or Enforcing would cut the two
             # off.
-            peers = sum(1 for peer in live if peer.name != node.name and peer.spec.public_key(order.epoch))
+            keyed = live.keyed.get(order.epoch, frozenset())
+            peers = len(keyed) - (node.name in keyed)
             return node.status.active_epoch == order.epoch and node.status.peers >= peers
         case Phase.ENFORCING:
             # What it doesn't reach by the new keys was not live for it, and may be for us.
@@ -141,10 +168,9 @@ def has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
             return node.status.active_epoch == 0
 
 
-def unreached(node: MeshNode, live: Collection[MeshNode]) -> frozenset[str]:
+def unreached(node: MeshNode, live: Live) -> frozenset[str]:
     """Live nodes to which it reports that it doesn't send by the order's epoch yet."""
-    numbers = frozenset(node.status.unreached)
-    return frozenset(peer.name for peer in live if peer.spec.id in numbers)
+    return frozenset().union(*(live.by_number.get(number, ()) for number in node.status.unreached))
 
 
 def order_for(current: Order | None, order: Order) -> Order:

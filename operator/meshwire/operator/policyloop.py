@@ -16,12 +16,9 @@ from meshwire.operator.policyapply import PolicyHands, resource_of, subject_of
 from meshwire.operator.policyreconcile import Action, reconcile
 from meshwire.operator.policystatus import Selections
 from meshwire.operator.policyworld import PolicyWorld
-from meshwire.operator.rounds import DEBOUNCE, Rounds
+from meshwire.operator.rounds import Rounds
 
 INVALID: Final = frozenset({400, 413, 422})
-SHARE: Final = 2.0
-"""A loop rests so many times as long as its last look took, before the next: however many pods there are,
-most of the processor's time is left, and what happens after a rest is looked at without delay."""
 STATUS_DEBOUNCE: Final = 0.5
 COUNTERS: Final = 10.0
 """Seconds between writes of what are only numbers."""
@@ -38,13 +35,8 @@ class EndpointLoop(Rounds):
     hands: PolicyHands
     published: Published = Published()
     published_changed: Callable[[], None] = lambda: None
-    _rests_until: float = 0.0
     _held: dict[Hashable, float] = field(default_factory=dict)
     """Until when, on time.monotonic()'s clock, by what the write was about."""
-
-    @property
-    def debounce(self) -> float:
-        return max(DEBOUNCE, self._rests_until - time.monotonic())
 
     def leadership_changed(self) -> None:
         # Whoever led before may have written what our watches have not brought yet.
@@ -58,9 +50,7 @@ class EndpointLoop(Rounds):
         started = time.monotonic()
         # In a thread: a look at tens of thousands of pods must not keep the leader from renewing its lease.
         plan = await asyncio.to_thread(reconcile, inputs)
-        took = time.monotonic() - started
-        self._rests_until = started + took + SHARE * took
-        self.metrics.policy_rounds.observe(took)
+        self.metrics.policy_rounds.observe(self._looked(started))
         self.metrics.identities.set(len(inputs.identities))
         self.metrics.endpoints.set(plan.endpoints)
         self.metrics.endpoint_slices.set(len(inputs.slices))
@@ -96,16 +86,12 @@ class EndpointLoop(Rounds):
 @dataclass(slots=True)
 class StatusLoop(Rounds):
     idle_seconds: ClassVar[float] = COUNTERS
+    debounce_seconds: ClassVar[float] = STATUS_DEBOUNCE
 
     world: PolicyWorld
     hands: PolicyHands
     _selections: Selections = field(default_factory=Selections)
-    _rests_until: float = 0.0
     _counters_at: float = 0.0
-
-    @property
-    def debounce(self) -> float:
-        return max(STATUS_DEBOUNCE, self._rests_until - time.monotonic())
 
     async def _round(self) -> bool | None:
         counters = time.monotonic() >= self._counters_at
@@ -116,8 +102,7 @@ class StatusLoop(Rounds):
             self._counters_at = time.monotonic() + COUNTERS
         started = time.monotonic()
         actions = await asyncio.to_thread(policystatus.plan, inputs, self._selections)
-        took = time.monotonic() - started
-        self._rests_until = started + took + SHARE * took
+        self._looked(started)
         if not actions:
             return False
         # A conflict: somebody has just edited the policy, which the watch tells soon.

@@ -20,7 +20,7 @@ from meshwire.operator import claims, phases, quarantine, rotation, secrecy, sum
 from meshwire.operator.cidrs import Published, covers, without_cidr
 from meshwire.operator.claims import Conflict, Share
 from meshwire.operator.objects import Config, EpochSecret, KeySecret, Node
-from meshwire.operator.phases import Order
+from meshwire.operator.phases import Live, Order
 from meshwire.operator.secrecy import Next, Secrecy
 from meshwire.operator.summary import Pressure
 
@@ -254,7 +254,8 @@ def reconcile(inputs: Inputs) -> Plan:
                 previous,
                 order,
                 config=config,
-                may_begin=bool(live) and all(phases.arrived(node, order) for node in mesh_nodes.values()),
+                may_begin=bool(live.nodes)
+                and all(phases.arrived(node, order) for node in mesh_nodes.values()),
                 moved=phases.all_rotated(order, live),
                 secret_lost=secret.next is Next.ANOTHER_EPOCH,
                 now=inputs.now,
@@ -327,7 +328,7 @@ def highest_epoch(inputs: Inputs) -> int:
     )
 
 
-def _next_order(inputs: Inputs, previous: MeshStatus, highest: int, live: tuple[MeshNode, ...]) -> Order:
+def _next_order(inputs: Inputs, previous: MeshStatus, highest: int, live: Live) -> Order:
     mesh_nodes = inputs.mesh_nodes
     # All nodes gone at once and back again: what enforced before enforces still.
     fallback = (
@@ -340,7 +341,8 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int, live: tuple[
     if inputs.config and config is None:
         # It can't be read: nobody can say what is wanted.
         return order
-    wanted = bool(config and config.encryption.enabled)
+    # Without a node nobody could be given the order, and each look would begin another epoch.
+    wanted = bool(config and config.encryption.enabled and (inputs.nodes or order.phase is not Phase.OFF))
     if order.phase is Phase.OFF and without_cidr(inputs.nodes.values()) and not inputs.published.complete:
         # Who knows a pod that its peer doesn't know yet sends what that one throws away.
         wanted = False
@@ -356,11 +358,11 @@ def _next_order(inputs: Inputs, previous: MeshStatus, highest: int, live: tuple[
     )
 
 
-def _live(inputs: Inputs) -> tuple[MeshNode, ...]:
+def _live(inputs: Inputs) -> Live:
     """Of live nodes; none while one of them has no MeshNode. Nothing waits for a node in quarantine."""
     if not all(name in inputs.mesh_nodes for name, node in inputs.nodes.items() if node.live):
-        return ()
-    return tuple(
+        return Live()
+    return Live.of(
         node for name, node in inputs.mesh_nodes.items() if inputs.nodes[name].live and not node.spec.is_out
     )
 

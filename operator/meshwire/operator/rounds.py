@@ -4,6 +4,7 @@ is."""
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ A = TypeVar("A")
 
 DEBOUNCE: Final = 0.1
 """Seconds between a change and the look at it, in which further ones gather."""
+SHARE: Final = 2.0
+"""A loop rests so many times as long as its last look took, before the next: however much there is to look
+at, most of the processor's time is left, and what happens after a rest is looked at without delay."""
 WRITE_TIMEOUT: Final = 4.0
 """Seconds a write may take: with lease.RENEW_DEADLINE less than lease.DURATION, so that a replica that
 lost its lease has nothing under way when the next one begins."""
@@ -45,10 +49,13 @@ class Rounds(ABC):
 
     idle_seconds: ClassVar[float] = 60.0
     """Between looks when nothing happens."""
+    debounce_seconds: ClassVar[float] = DEBOUNCE
 
     metrics: Metrics
     leads: Callable[[], bool]
     _wake: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _rests_until: float = field(default=0.0, init=False)
+    """On time.monotonic()'s clock."""
 
     @abstractmethod
     async def _round(self) -> bool | None:
@@ -66,7 +73,14 @@ class Rounds(ABC):
 
     @property
     def debounce(self) -> float:
-        return DEBOUNCE
+        """Seconds between being woken and the look."""
+        return max(self.debounce_seconds, self._rests_until - time.monotonic())
+
+    def _looked(self, started: float) -> float:
+        """To be called after a look that began then (time.monotonic()); how many seconds it took."""
+        now = time.monotonic()
+        self._rests_until = now + SHARE * (now - started)
+        return now - started
 
     def wake(self) -> None:
         self._wake.set()

@@ -15,7 +15,7 @@ from meshwire.api.meshstatus import MeshStatus, Quarantine
 from meshwire.operator.claims import Conflict
 from meshwire.operator.objects import Node
 from meshwire.operator.pairs import judge_pairs
-from meshwire.operator.phases import Order, has_moved, unreached
+from meshwire.operator.phases import Live, Order, has_moved, unreached
 from meshwire.operator.quarantine import MAX_TOLD
 from meshwire.operator.rotation import Rotated
 
@@ -95,8 +95,10 @@ def summarize(view: View) -> MeshStatus:
     live = [name for name, node in sorted(view.nodes.items()) if node.live and name not in out]
     dead = [name for name, node in sorted(view.nodes.items()) if not node.live and name not in out]
     answers = {name: view.mesh_nodes[name] for name in live if name in view.mesh_nodes}
-    moved = [name for name, node in answers.items() if _has_moved(node, view.order, tuple(answers.values()))]
-    waiting = {name: problem for name in live if (problem := _problem(view, answers.get(name)))}
+    peers = Live.of(answers.values())
+    late = frozenset(name for name, node in answers.items() if not _is_prepared(node, view.order))
+    moved = [name for name, node in answers.items() if _has_moved(node, view.order, peers, late)]
+    waiting = {name: problem for name in live if (problem := _problem(view, answers.get(name), peers))}
     hopeless = {
         name: problem for name, problem in waiting.items() if _reason(answers.get(name)) in NEEDS_A_PERSON
     }
@@ -123,8 +125,12 @@ def summarize(view: View) -> MeshStatus:
             f"{len(moved)} of {len(live)} live nodes have {verb}{who}{left_out}",
         )
     elif view.order.retiring and not waiting:
-        late = [name for name in live if name not in moved]
-        who = f", waiting for {listed(late, lambda name: _late(view, answers.get(name)))}" if late else ""
+        behind = sorted(set(live) - set(moved))
+        who = (
+            f", waiting for {listed(behind, lambda name: _late(view, answers.get(name), peers))}"
+            if behind
+            else ""
+        )
         ready_state = (
             True,
             "Rotating",
@@ -257,7 +263,7 @@ def _fill(each: MapPressure) -> str:
     return f"{each.map}: {LEFT_OUT.get(each.map, 'pods are closed')}, no room in {each.capacity} entries"
 
 
-def _problem(view: View, node: MeshNode | None) -> str:
+def _problem(view: View, node: MeshNode | None, live: Live) -> str:
     """What keeps a live node from being ready, in few words; empty if nothing does."""
     if node is None or not node.status.observed_generation:
         return "no word from its agent"
@@ -269,7 +275,7 @@ def _problem(view: View, node: MeshNode | None) -> str:
     if not (
         node.status.active_epoch in (view.order.epoch, view.order.retiring)
         if view.order.phase is Phase.ENFORCING and view.order.retiring
-        else has_moved(node, view.order, _live(view))
+        else has_moved(node, view.order, live)
     ):
         return "still on its way"
     if view.order.phase is Phase.ENFORCING and view.mode is Mode.STRICT and not node.status.strict:
@@ -277,14 +283,13 @@ def _problem(view: View, node: MeshNode | None) -> str:
     return ""
 
 
-def _has_moved(node: MeshNode, order: Order, live: Collection[MeshNode]) -> bool:
-    """As has_moved; but in a rotation a node that waits for nothing but others that are late has done its
+def _has_moved(node: MeshNode, order: Order, live: Live, late: frozenset[str]) -> bool:
+    """As has_moved; but in a rotation a node that waits for nothing but others that are `late` has done its
     part."""
     if has_moved(node, order, live):
         return True
     if not (order.phase is Phase.ENFORCING and order.retiring and node.status.unreached):
         return False
-    late = {peer.name for peer in live if not _is_prepared(peer, order)}
     return _is_prepared(node, order) and unreached(node, live) <= late
 
 
@@ -292,25 +297,17 @@ def _is_prepared(node: MeshNode, order: Order) -> bool:
     return node.current and node.status.prepared_epoch == order.epoch
 
 
-def _late(view: View, node: MeshNode | None) -> str:
+def _late(view: View, node: MeshNode | None, live: Live) -> str:
     if node is None or not node.current:
         return "its agent doesn't answer"
     if not _is_prepared(node, view.order):
         return f"epoch {view.order.epoch} isn't set up there"
-    return f"not reached yet: {names}" if (names := listed(unreached(node, _live(view)))) else "on its way"
+    return f"not reached yet: {names}" if (names := listed(unreached(node, live))) else "on its way"
 
 
 def _reason(node: MeshNode | None) -> str:
     ready = conditions.find(node.status.conditions, conditions.READY) if node else None
     return ready.reason if ready and ready.status is False else ""
-
-
-def _live(view: View) -> Collection[MeshNode]:
-    return [
-        node
-        for name, node in view.mesh_nodes.items()
-        if name in view.nodes and view.nodes[name].live and not node.spec.is_out
-    ]
 
 
 def _first_sentence(message: str) -> str:
