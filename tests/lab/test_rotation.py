@@ -14,7 +14,7 @@ from tests.lab.watch import watched
 from meshwire.api.names import NAMESPACE, OPERATOR_NAMESPACE, device_name, secret_name
 from meshwire.lab.exercise import Exercise
 
-ROTATIONS = 2
+ROTATIONS = 1
 RATE = 500
 """UDP packets per second between every two nodes, each direction."""
 QUICK = {"interval": "0s", "overlap": "5s"}
