@@ -412,6 +412,10 @@ def _of_one(counted: Counted) -> Iterator[Figure]:
     )
 
 
+def _without_events(counted: Counted) -> int:
+    return sum(number for name, number in counted.writes.items() if not name.endswith(" events"))
+
+
 def _quotients(small: Counted, large: Counted) -> Iterator[Figure]:
     """How much more each node costs among many: 1 where all grows in proportion."""
 
@@ -428,6 +432,8 @@ def _quotients(small: Counted, large: Counted) -> Iterator[Figure]:
     yield quotient(
         "objects written", sum(small.writes.values()), sum(large.writes.values()), "about 1: in proportion"
     )
+    # Of many at once the operator leaves some out.
+    yield quotient("objects but Events written", _without_events(small), _without_events(large))
     yield quotient("requests that write nothing", sum(small.others.values()), sum(large.others.values()))
     yield quotient("operator's CPU", small.operator_cpu, large.operator_cpu)
     yield quotient("duration without overlap", small.ended - OVERLAP, large.ended - OVERLAP)
