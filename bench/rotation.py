@@ -143,7 +143,7 @@ def measure(sizes: Sequence[int] = SIZES) -> list[Figure]:
 
 def short() -> dict[str, Any]:
     """What is written and asked for among few nodes, in well under a minute."""
-    counted = count(30, quiet=1.0)
+    counted = count(20, quiet=1.0)
     return {
         "nodes": counted.nodes,
         "writes": counted.writes,
