@@ -333,6 +333,24 @@ async def test_a_change_after_a_rest_is_looked_at_without_delay(monkeypatch: pyt
         assert each.debounce == least
 
 
+async def test_news_of_nodes_are_looked_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look goes through all nodes, and while keys change there is always news of some."""
+    await cluster.until(lambda: not cluster.world.mesh_changed.is_set())
+    await asyncio.sleep(0.1)
+    looks = 0
+
+    def mesh() -> Watched:
+        nonlocal looks
+        looks += 1
+        return cluster.watched
+
+    monkeypatch.setattr(cluster.world, "mesh", mesh)
+    cluster.world.mesh_changed.set()
+    await cluster.until(lambda: not cluster.world.mesh_changed.is_set())
+    await asyncio.sleep(0.1)
+    assert looks == 1
+
+
 async def test_encryption_has_pods_published_where_nodes_have_no_cidr(cluster: Cluster) -> None:
     changes: list[bool] = []
     cluster.endpoints.published_changed = lambda: changes.append(cluster.endpoints.published.complete)

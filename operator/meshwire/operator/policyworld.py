@@ -227,15 +227,18 @@ class PolicyWorld:
             await self.mesh_changed.wait()
             await asyncio.sleep(SETTINGS_DEBOUNCE)
             self.mesh_changed.clear()
-            config = self.mesh().configs.get(names.CONFIG_NAME)
+            # Once: it is made anew from all nodes, several times a second while they report.
+            mesh = self.mesh()
+            config = mesh.configs.get(names.CONFIG_NAME)
+            without = self._without_cidr(config, mesh)
             if config is None or config.config is not None:
                 enabled = bool(config and config.config and config.config.policy.enabled)
                 for resource in ("pods", "namespaces"):
-                    if enabled or self._without_cidr(config):
+                    if enabled or without:
                         self.watches[resource].needed.set()
                     else:
                         self.watches[resource].needed.clear()
-            news = config, self._without_cidr(config)
+            news = config, without
             if news != last:
                 last = news
                 self._both_changed()
@@ -258,10 +261,11 @@ class PolicyWorld:
         for resource in (names.MESHENDPOINTSLICES, names.MESHIDENTITIES, names.MESHPOLICYREPORTS):
             await self._relist(resource)
         config = await self._config()
-        settings, needed = _policy(config), self._without_cidr(config)
+        mesh = self.mesh()
+        settings, needed = _policy(config), self._without_cidr(config, mesh)
         if settings and (settings.enabled or needed) and not self._complete("pods", "namespaces"):
             return None
-        if settings and not settings.enabled and not self.mesh().nodes:
+        if settings and not settings.enabled and not mesh.nodes:
             # No cluster is without nodes: they aren't known yet, nor what encryption needs.
             settings = None
         now = datetime.now(UTC)
@@ -270,7 +274,7 @@ class PolicyWorld:
                 del self.recent[number]
         return policyreconcile.Inputs(
             settings=settings,
-            mesh_nodes=self.mesh().mesh_nodes,
+            mesh_nodes=mesh.mesh_nodes,
             namespaces=dict(self.watches["namespaces"].items),
             pods=dict(self.watches["pods"].items),
             identities=self._over(names.MESHIDENTITIES),
@@ -351,11 +355,10 @@ class PolicyWorld:
             config = Config.from_object(found) if found else None
         return config
 
-    def _without_cidr(self, config: Config | None) -> frozenset[str]:
+    def _without_cidr(self, config: Config | None, mesh: Watched) -> frozenset[str]:
         """Nodes whose pods' addresses encryption needs one by one; none where it is off. A node that has
         just joined may be given its CIDR in a moment, so it counts once it is live; but while addresses are
         published, a node that is not live does count: its pods may be well."""
-        mesh = self.mesh()
         encrypts = bool(config and config.config and config.config.encryption.enabled)
         if not encrypts and all(node.spec.phase is Phase.OFF for node in mesh.mesh_nodes.values()):
             return frozenset()

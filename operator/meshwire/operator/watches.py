@@ -101,4 +101,10 @@ def make_registry(
 def _by_name(index: kopf.Index[str, Any]) -> dict[str, Any]:
     # An object deleted and made anew can be there twice, until kopf has forgotten the first: the later one
     # counts.
-    return {name: max(index[name], key=lambda item: int(item.resource_version or 0)) for name in index}
+    found = {}
+    for name in index:
+        items = tuple(index[name])
+        found[name] = (
+            items[0] if len(items) == 1 else max(items, key=lambda item: int(item.resource_version or 0))
+        )
+    return found
