@@ -343,6 +343,11 @@ def test_a_file_system_is_the_innermost_mounts() -> None:
 # What systemd makes of the unit.
 
 
+def test_the_unit_for_those_who_put_it_there_themselves_is_the_agents() -> None:
+    shipped = Path(__file__).parents[2] / "config/bootguard" / bootguard.UNIT
+    assert shipped.read_text() == bootguard.unit("/var/lib/meshwire/boot.nft")
+
+
 def test_the_unit_comes_after_who_flushes_and_before_who_starts_pods() -> None:
     unit = init.parse_unit(bootguard.unit("/var/lib/meshwire/boot.nft"))
     (after,), (before,) = unit["Unit", "After"], unit["Unit", "Before"]
