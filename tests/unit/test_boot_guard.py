@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from meshwire.agent.bootguard import BootGuard, Kept, file_system
 from meshwire.agent.settings import Settings
 from meshwire.api import conditions
-from meshwire.api.fields import Address, Network
+from meshwire.api.fields import Address, InvalidSpec, Network
+from meshwire.api.meshconfig import BootGuard as Asked
+from meshwire.api.meshconfig import MeshConfig
 from meshwire.api.meshnode import Phase, Status
 from meshwire.encryption import bootguard
 from meshwire.encryption.bootguard import Scope, render, scope_of
@@ -338,6 +340,18 @@ def test_its_condition_comes_and_goes(host: Host) -> None:
 def test_a_file_system_is_the_innermost_mounts() -> None:
     assert file_system(Path("/proc/self")) == "proc"
     assert file_system(Path("/")) != ""
+
+
+# Who asks for it.
+
+
+def test_it_is_off_unless_asked_for() -> None:
+    def asked(**encryption: str) -> Asked:
+        return MeshConfig.from_object({"spec": {"encryption": encryption}}).encryption.boot_guard
+
+    assert (asked(), asked(bootGuard="Systemd")) == (Asked.OFF, Asked.SYSTEMD)
+    with pytest.raises(InvalidSpec, match="spec.encryption.bootGuard"):
+        asked(bootGuard="Initd")
 
 
 # What systemd makes of the unit.
