@@ -57,9 +57,10 @@ class BootGuard:
     def find_missed(self, *, loaded: bool) -> None:
         """The first look at the kernel tells whether the node's init did in this boot what it should have.
         `loaded`: there is the table."""
-        self._missed, self._expected = self._missed or (self._expected and not loaded), False
-        if self._missed:
+        if self._expected and not loaded:
+            self._missed = True
             log.warning("the boot guard was on the disk and was not loaded in this boot")
+        self._expected = False
 
     def keep(self, scope: Scope | None, *, again: bool) -> None:
         """None takes everything away. `again`: reads what is there, whatever is known of it. What fails is
