@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from meshwire.lab.lab import SOURCE, Lab, documents
 from meshwire.lab.model import LabError
@@ -89,6 +92,7 @@ def try_to_apply(lab: Lab, *objects: dict[str, Any], account: str = "") -> str:
         (config(encryption={"port": "https"}), "must be of type integer"),
         (config(encryption={"port": 8471}), "belongs to an overlay network"),
         (config(encryption={"mode": "Hard"}), 'supported values: "Strict", "Permissive"'),
+        (config(encryption={"bootGuard": "Initd"}), 'supported values: "Off", "Systemd"'),
         (config(encryption={"enabeld": True}), 'unknown field "spec.encryption.enabeld"'),
         (config(network={"uplinks": ["eth0"], "overlays": ["eth0"]}), "under uplinks and under overlays"),
         (config(network={"uplinks": ["a/b"]}), "is not a device name"),
@@ -116,6 +120,7 @@ def test_a_config_that_cannot_be_is_refused_with_a_reason(
     [
         config(),
         config(encryption={"enabled": True, "mode": "Permissive", "userspace": "Always", "port": 4790}),
+        config(encryption={"enabled": True, "bootGuard": "Systemd"}),
         config(network={"clusterCIDRs": ["10.244.0.0/16", "fd00:10:244::/48"], "mtu": 1280}),
         config(network={"uplinks": ["eth0", "bond0.100"], "overlays": ["flannel.1"], "mtu": 0}),
     ],
@@ -361,3 +366,22 @@ def test_the_operators_account_changes_no_node_but_our_taint(lab: Lab) -> None:
         else:
             with pytest.raises(LabError, match="the operator may"):
                 lab.kubectl(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("component", "mount"),
+    [("userspace", "/var/run/wireguard"), ("bootguard", "/host/etc/systemd/system")],
+)
+def test_components_add_to_the_installation(lab: Lab, tmp_path: Path, component: str, mount: str) -> None:
+    config = os.path.relpath(SOURCE / "config", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [{config}]\ncomponents: [{config}/{component}]\n"
+    )
+    made = yaml.safe_load_all(lab.kubectl("kustomize", str(tmp_path)))
+    (agent,) = (
+        each for each in made if (each["kind"], each["metadata"]["name"]) == ("DaemonSet", "meshwire-agent")
+    )
+    spec = agent["spec"]["template"]["spec"]
+    mounts = {each["mountPath"]: each["name"] for each in spec["containers"][0]["volumeMounts"]}
+    assert mounts[mount] in {each["name"] for each in spec["volumes"]}

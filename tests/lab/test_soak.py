@@ -12,15 +12,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.lab.watch import Record, longest_silence, note, watched
+from tests.lab.watch import Record, eager, longest_silence, note, watched
 
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise
-from meshwire.lab.traffic import PORT
 
 ROOT = Path(__file__).parents[2]
 LONG = os.environ.get("MESHWIRE_SOAK") == "1"
@@ -34,14 +32,13 @@ CALM_SECONDS = 300 if LONG else 3
 OUTAGE_SECONDS = 600 if LONG else 10
 STORM_SECONDS = 1800 if LONG else 45
 QUICK = {"interval": "0s", "overlap": "5s"}
-EAGER = "eager"
 
 
 @pytest.fixture
 def mesh(exercise: Exercise) -> Iterator[Exercise]:
-    """Encryption is in force, keys change on demand; whatever a test stopped runs again, and nothing is
-    left over that nobody needs."""
-    exercise.set_encryption(True, keyRotation=QUICK)
+    """Encryption is in force, keys change on demand, nodes have a boot guard; whatever a test stopped runs
+    again, and nothing is left over that nobody needs."""
+    exercise.set_encryption(True, keyRotation=QUICK, bootGuard="Systemd")
     wait_until_whole(exercise)
     yield exercise
     lab = exercise.lab
@@ -282,48 +279,6 @@ class Storm:
             time.sleep(self.random.uniform(1, 10))
         finally:
             os.kill(pid, signal.SIGCONT)
-
-
-@contextmanager
-def eager(exercise: Exercise) -> Iterator[None]:
-    """On every node a pod sends to all nodes' probes from its first breath on, whatever becomes of it: what
-    could leak, leaks."""
-    script = (
-        "import socket, sys, time\n"
-        "while True:\n"
-        "    for target in sys.argv[1:]:\n"
-        "        family = socket.AF_INET6 if ':' in target else socket.AF_INET\n"
-        "        with socket.socket(family, socket.SOCK_DGRAM) as sock:\n"
-        "            try:\n"
-        f"                sock.sendto(b'eager', (target, {PORT}))\n"
-        "            except OSError:\n"
-        "                pass\n"
-        "    time.sleep(0.02)\n"
-    )
-    targets = [
-        *exercise.services(),
-        *(address for node in exercise.lab.nodes for address in exercise.probe(node).addresses),
-    ]
-    labels = {"app": EAGER}
-    container = {"name": EAGER, "image": "host", "command": ["python", "-c", script, *targets]}
-    exercise.lab.apply(
-        {
-            "apiVersion": "apps/v1",
-            "kind": "DaemonSet",
-            "metadata": {"name": EAGER, "namespace": "default"},
-            "spec": {
-                "selector": {"matchLabels": labels},
-                "template": {
-                    "metadata": {"labels": labels},
-                    "spec": {"terminationGracePeriodSeconds": 0, "containers": [container]},
-                },
-            },
-        }
-    )
-    try:
-        yield
-    finally:
-        exercise.lab.kubectl("delete", "daemonset", EAGER)
 
 
 def test_a_storm_of_faults(mesh: Exercise, tmp_path: Path) -> None:

@@ -109,3 +109,9 @@ def test_policy_off_leaves_encryption_its_addresses(found: Found) -> None:
     after = found["policy off"]
     assert after["slices"] > 0 and after["reports"] == 0
     assert after["reached"]
+
+
+def test_a_node_that_boots_holds_its_pods_back(found: Found) -> None:
+    assert len(found["boot"]) == 2 and min(found["boot"]) > 50
+    wire = found["wire, boot"]
+    assert wire["clear"] == 0, wire["examples"]

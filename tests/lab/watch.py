@@ -12,9 +12,11 @@ from pathlib import Path
 
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise, Flows
+from meshwire.lab.traffic import PORT
 
 RESULTS = os.environ.get("MESHWIRE_SOAK_RESULTS")
 """A file that gets a line of JSON for every record, if set."""
+EAGER = "eager"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,3 +86,45 @@ def note(record: Record) -> None:
     if RESULTS:
         with Path(RESULTS).open("a") as stream:
             stream.write(json.dumps(asdict(record)) + "\n")
+
+
+@contextmanager
+def eager(exercise: Exercise) -> Iterator[None]:
+    """On every node a pod sends to all nodes' probes from its first breath on, whatever becomes of it: what
+    could leak, leaks."""
+    script = (
+        "import socket, sys, time\n"
+        "while True:\n"
+        "    for target in sys.argv[1:]:\n"
+        "        family = socket.AF_INET6 if ':' in target else socket.AF_INET\n"
+        "        with socket.socket(family, socket.SOCK_DGRAM) as sock:\n"
+        "            try:\n"
+        f"                sock.sendto(b'eager', (target, {PORT}))\n"
+        "            except OSError:\n"
+        "                pass\n"
+        "    time.sleep(0.02)\n"
+    )
+    targets = [
+        *exercise.services(),
+        *(address for node in exercise.lab.nodes for address in exercise.probe(node).addresses),
+    ]
+    labels = {"app": EAGER}
+    container = {"name": EAGER, "image": "host", "command": ["python", "-c", script, *targets]}
+    exercise.lab.apply(
+        {
+            "apiVersion": "apps/v1",
+            "kind": "DaemonSet",
+            "metadata": {"name": EAGER, "namespace": "default"},
+            "spec": {
+                "selector": {"matchLabels": labels},
+                "template": {
+                    "metadata": {"labels": labels},
+                    "spec": {"terminationGracePeriodSeconds": 0, "containers": [container]},
+                },
+            },
+        }
+    )
+    try:
+        yield
+    finally:
+        exercise.lab.kubectl("delete", "daemonset", EAGER)

@@ -4,6 +4,7 @@ test_without_cidr. Run in namespaces of its own, with a directory to work in."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -77,6 +78,7 @@ class Story:
         self.found["meanwhile"] = result(flows)
         self.found["leaked"] = self.exercise.mesh_status()["leaked"]
         self.policy()
+        self.boot()
 
     # Parts
 
@@ -230,6 +232,39 @@ class Story:
         }
         lab.kubectl("delete", "pod", "guarded", "late", *who)
         lab.kubectl("delete", "meshpolicy", "guarded")
+
+    def boot(self) -> None:
+        """Nobody knows which addresses the node's pods are going to have."""
+        lab, node = self.lab, "node3"
+        self.exercise.set_encryption(True, bootGuard="Systemd")
+        self.exercise.wait_until(
+            lambda: condition(self.exercise.mesh_node(node), "BootGuard").get("status") == "True",
+            "the boot guard is kept",
+        )
+        lab.apply(eager("eager3", node, self.exercise.probe("node1").addresses))
+        lab.kubectl("wait", "pod/eager3", "--for=condition=Ready", "--timeout=60s")
+        table = ("nft", "list", "table", "inet", "meshwire_boot")
+        with self.wire("wire, boot"):
+            lab.reboot_node(node, wait=False, agent=False)
+            self.exercise.wait_until(
+                lambda: bool(list(lab.paths.pods(node).glob("*eager3*"))), "it has booted"
+            )
+            time.sleep(3)
+            shown = lab.on_node(node, *table).stdout
+            lab.start_agent(node)
+            self.exercise.wait_until(
+                lambda: lab.on_node(node, *table, check=False).returncode != 0, "the guard is off"
+            )
+            self.exercise.wait_for_probes()
+            self.exercise.wait_until(
+                lambda: all(
+                    self.ask(node, self.exercise.probe("node1").addresses)
+                    + self.ask("node1", self.exercise.probe(node).addresses)
+                ),
+                "it is back",
+            )
+        self.found["boot"] = [int(count) for count in re.findall(r"counter packets (\d+)", shown)]
+        lab.kubectl("delete", "pod", "eager3")
 
     # How
 

@@ -486,11 +486,26 @@ def test_a_rebooted_node_guards_before_it_hears_from_the_api_server(enforcing: N
     enforcing.ask("stop")
     for command in (f"ip link del {DEVICE}", "tc qdisc del dev eth0 clsact", "rm -r /sys/fs/bpf/meshwire"):
         enforcing.run(command)
+    enforcing.ask("tell")
+    # What init has loaded.
+    enforcing.run("nft add table inet meshwire_boot")
     enforcing.ask("start", False)
     until(lambda: enforcing.ask("see")["filters"] == GUARDS[:2])
     assert enforcing.ask("see")["devices"] == {}
-    written = [each for each in enforcing.ask("tell")["applied"] if "set flags" in each]
+    until(lambda: not enforcing.run("nft list tables"))
+    told = enforcing.ask("tell")["applied"]
+    applied = [each.split(":")[0] for each in told]
+    written = [each for each in told if "set flags" in each]
     assert "STRICT" in written[0]
+    # Once, after everything that guards.
+    assert applied.count("RemoveBootGuard") == 1
+    assert applied.index("RemoveBootGuard") == 1 + max(
+        number for number, each in enumerate(applied) if each in ("Attach", "WriteSettings")
+    )
+    # Somebody does it by hand.
+    enforcing.run("nft add table inet meshwire_boot")
+    enforcing.wake()
+    until(lambda: not enforcing.run("nft list tables"))
     # A device that appears while the API server is still away is guarded too.
     enforcing.run("ip link add eth1 type veth peer name far1")
     enforcing.run("ip link set eth1 up")

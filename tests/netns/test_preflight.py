@@ -172,5 +172,5 @@ def test_the_whole_command_says_something_of_everything(ipr: IPRoute) -> None:
     found = {finding["check"] for finding in answer["findings"]}
     assert found == {
         "kernel", "privileges", "btf", "bpffs", "bpf", "tc", "wireguard", "libbpf", "ports", "forwarding",
-        "rp_filter", "mtu", "conflicts", "tcx", "tc filters", "firewall",
+        "boot guard", "rp_filter", "mtu", "conflicts", "tcx", "tc filters", "firewall",
     }  # fmt: skip

@@ -24,7 +24,7 @@ from meshwire.agent.pairs import News
 from meshwire.agent.settings import Settings
 from meshwire.agent.watch import World
 from meshwire.api import preshared
-from meshwire.api.meshconfig import Encryption, MeshConfig, NetworkSettings, Userspace
+from meshwire.api.meshconfig import BootGuard, Encryption, MeshConfig, NetworkSettings, Userspace
 from meshwire.api.meshnode import Key, MeshNode, Phase, Spec, Status, Unreachable
 from meshwire.bpf import loader
 from meshwire.bpf.layouts import Direction, Reason
@@ -153,6 +153,8 @@ async def running(directory: Path, kernel: StubKernel | None = None) -> AsyncIte
         run_directory=directory,
         proc_sys=directory,
         metrics_address=("127.0.0.1", 0),
+        systemd_directory=directory / "systemd",
+        host_usr=directory / "usr",
     )
     kernel, client = kernel or StubKernel(), StubClient()
     agent = Agent(settings, kernel, client, SEALING)  # type: ignore[arg-type]
@@ -522,6 +524,65 @@ async def test_a_node_that_no_longer_enforces_remembers_nothing_to_guard(tmp_pat
         await bench.until(lambda: bench.settings.guard_file.exists())
         bench.say(members={"a": own(Phase.DISABLING)})
         await bench.until(lambda: not bench.settings.guard_file.exists())
+
+
+GUARDED = MeshConfig(encryption=Encryption(enabled=True, boot_guard=BootGuard.SYSTEMD))
+
+
+def boot_guard(client: StubClient) -> dict[str, Any]:
+    """The condition, {} where there is none."""
+    found = [each for each in client.patches[-1]["conditions"] if each["type"] == "BootGuard"]
+    return dict(found[0]) if found else {}
+
+
+async def test_the_boot_guard_is_on_the_disk_while_strict_is_asked_for(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        rules = bench.settings.boot_rules_file
+        bench.say(members=enforced(), config=MeshConfig(encryption=Encryption(enabled=True)))
+        await bench.until(lambda: bench.client.patches)
+        assert not rules.exists() and boot_guard(bench.client) == {}, "nobody has asked for it"
+        bench.say(config=GUARDED)
+        # Without a mount, which is no mere detail.
+        await bench.until(lambda: boot_guard(bench.client).get("reason") == "NotMounted")
+        assert "10.244.2.0/24" in rules.read_text() and bench.agent.health.boot_guard is False
+        bench.settings.systemd_directory.joinpath("getty.target.wants").mkdir(parents=True)
+        bench.settings.host_usr.joinpath("bin").mkdir(parents=True)
+        bench.settings.host_usr.joinpath("bin/nft").touch()
+        bench.say(members={**enforced(), "c": replace(own(Phase.ENFORCING), name="c", uid="3")})
+        bench.agent._stale = Part.ALL
+        await bench.until(lambda: boot_guard(bench.client).get("status") == "True")
+        assert bench.settings.systemd_directory.joinpath("meshwire-boot.service").exists()
+        bench.say(members={"a": own(Phase.DISABLING)})
+        await bench.until(lambda: not rules.exists() and boot_guard(bench.client) == {})
+        assert [each.name for each in bench.settings.systemd_directory.rglob("*meshwire*")] == []
+
+
+async def test_a_node_that_can_t_do_all_it_should_keeps_the_boot_guard(tmp_path: Path) -> None:
+    """Nothing of it is taken away on the word of an order that wasn't carried out."""
+    kernel = StubKernel(
+        replace(StubKernel().observed, pinned=True), fail={plans.UnloadDatapath: OSError(16, "busy")}
+    )
+    async with running(tmp_path, kernel) as bench:
+        rules = bench.settings.boot_rules_file
+        rules.write_text("what an earlier agent left")
+        bench.say(members={"a": own(Phase.OFF)}, config=GUARDED)
+        await bench.until(lambda: len(bench.client.patches) and kernel.applied)
+        assert rules.exists()
+        kernel.fail.clear()
+        await bench.until(lambda: not rules.exists())
+
+
+async def test_before_the_api_server_answers_the_boot_guard_stays_on_the_disk(tmp_path: Path) -> None:
+    async with running(tmp_path) as bench:
+        bench.say(members=enforced(), config=GUARDED, config_spec={"encryption": {"enabled": True}})
+        await bench.until(lambda: bench.settings.guard_file.exists())
+        await bench.until(lambda: bench.settings.boot_rules_file.exists())
+    before = bench.settings.boot_rules_file.read_text()
+    kernel = StubKernel(replace(StubKernel().observed, boot_guard=True))
+    async with running(tmp_path, kernel) as rebooted:
+        await rebooted.until(lambda: rebooted.kernel.applied)
+        assert plans.RemoveBootGuard() not in kernel.applied, "programs are not loaded yet"
+        assert rebooted.settings.boot_rules_file.read_text() == before
 
 
 async def test_a_tunnel_that_was_left_is_called_empty_only_after_a_while(

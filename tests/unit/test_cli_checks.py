@@ -10,6 +10,7 @@ from meshwire.api import names
 from meshwire.cli import checks
 from meshwire.cli.facts import (
     Attempts,
+    Boot,
     Chain,
     ClusterFacts,
     ClusterNode,
@@ -153,6 +154,17 @@ CASES = (
         [Port(51871, False)],
         FAIL,
         "somebody else",
+    ),
+    Case("no boot guard", checks.judge_boot, Boot(systemd=True, nft=True), PASS, "Systemd is possible"),
+    Case("none to have", checks.judge_boot, Boot(systemd=True, nft=False), PASS, "without nft"),
+    Case("boot guard", checks.judge_boot, Boot(systemd=True, nft=True, asked=True), PASS, "are here"),
+    Case("no nft", checks.judge_boot, Boot(systemd=True, nft=False, asked=True), WARN, "There is no nft"),
+    Case(
+        "no systemd",
+        checks.judge_boot,
+        Boot(systemd=False, nft=False, asked=True),
+        WARN,
+        "no systemd and no nft",
     ),
     Case("forwarding", checks.judge_forwarding, Forwarding(ipv4=True, ipv6=True), PASS, "on"),
     Case(

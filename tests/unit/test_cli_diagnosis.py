@@ -10,12 +10,13 @@ import pytest
 
 from meshwire.agent import loop
 from meshwire.api.conditions import Condition
-from meshwire.api.meshconfig import Encryption, MeshConfig, Mode, Userspace
+from meshwire.api.meshconfig import BootGuard, Encryption, MeshConfig, Mode, Userspace
 from meshwire.api.meshnode import Implementation, MeshNode, Phase, Spec, Status
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.cli.diagnosis import REASONS, Snapshot, age, as_json, diagnose, is_ready
+from meshwire.cli.diagnosis import BOOT_GUARD, REASONS, Snapshot, age, as_json, diagnose, is_ready
 from meshwire.cli.findings import Level
-from meshwire.encryption import desired, report
+from meshwire.cli.status import boot_guard
+from meshwire.encryption import bootguard, desired, report
 
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 
@@ -316,3 +317,33 @@ def test_json_has_the_documented_shape() -> None:
 )  # fmt: skip
 def test_ages_read_as_kubectl_prints_them(seconds: int | None, text: str) -> None:
     assert age(seconds) == text
+
+
+def test_a_missing_boot_guard_is_explained() -> None:
+    asked = config(boot_guard=BootGuard.SYSTEMD)
+    nodes = [
+        node(
+            name,
+            conditions=(
+                condition("Ready", True, "Ready"),
+                condition("BootGuard", reason == bootguard.IN_PLACE, reason, "Because."),
+            ),
+        )
+        for name, reason in (("a", bootguard.IN_PLACE), ("b", bootguard.NO_NFT))
+    ]
+    state = Snapshot(config=asked, status=mesh(), meshnodes=nodes, alive=None)
+    [finding] = diagnose(state)
+    assert (finding.check, finding.level) == ("node b", Level.WARN)
+    assert "NoNft" in finding.what and finding.todo == "install nftables on the node"
+    assert boot_guard(state) == "in place on 1 of 2 nodes"
+    assert "spec.encryption.bootGuard" in (boot_guard(replace(state, config=config())) or "")
+    assert boot_guard(replace(state, config=config(mode=Mode.PERMISSIVE))) is None
+
+
+def test_every_reason_of_a_missing_boot_guard_is_explained() -> None:
+    reasons = {
+        value
+        for name, value in vars(bootguard).items()
+        if name.isupper() and isinstance(value, str) and name.startswith(("NO_", "NOT_"))
+    }
+    assert reasons == BOOT_GUARD.keys() and len(reasons) == 6

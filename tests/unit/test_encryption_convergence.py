@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwire.api.fields import Address, Network
-from meshwire.api.meshconfig import Encryption, MeshConfig, Mode
+from meshwire.api.meshconfig import Encryption, MeshConfig, Mode, NetworkSettings
 from meshwire.api.meshnode import Key, Phase, Spec
 from meshwire.encryption import plan as plans
+from meshwire.encryption.bootguard import Scope, scope_of
 from meshwire.encryption.desired import Inputs, desired
 from meshwire.encryption.model import (
     DEVICES,
@@ -47,6 +48,8 @@ from meshwire.encryption.model import (
 
 OWN = "a"
 UPLINK = "eth0"
+SENDER = ip_address("10.244.1.9")
+"""A pod of this node."""
 
 
 def public(secret: SecretKey) -> str:
@@ -75,6 +78,8 @@ class FakeKernel:
     """How often a device that was up lost what it was to send."""
     sysctls: dict[str, str] = field(default_factory=dict)
     unguarded: set[str] = field(default_factory=set)
+    boot_guard: Scope | None = None
+    """What init has loaded."""
     endpoints: dict[tuple[str, str], Any] = field(default_factory=dict)
     next_index: int = 10
     now: float = 1000.0
@@ -100,6 +105,7 @@ class FakeKernel:
             attachments=frozenset(Attachment(*hook, program) for hook, program in self.filters.items()),
             hooked=frozenset(self.hooked),
             unguarded=frozenset(self.unguarded),
+            boot_guard=self.boot_guard is not None,
             sysctls=dict(self.sysctls),
             endpoints=dict(self.endpoints),
             now=self.now,
@@ -144,6 +150,9 @@ class FakeKernel:
                 self.filters[attachment.device, attachment.direction] = attachment.program
             case plans.Detach(attachment):
                 del self.filters[attachment.device, attachment.direction]
+            case plans.RemoveBootGuard():
+                assert self.boot_guard is not None
+                self.boot_guard = None
             case plans.CreateDevice(name):
                 assert name not in self.links
                 self.links[name] = Link(index=self.next_index, name=name, kind="wireguard", ethernet=False)
@@ -228,8 +237,10 @@ class FakeKernel:
         return self.addresses[max(matches, key=lambda network: network.prefixlen)] if matches else None
 
     def egress(self, destination: Address) -> str:
-        """`clear`, `dropped`, `lost` (sent to where nothing is) or the name of the device that encrypts
-        it."""
+        """`held` (by the boot guard), `clear`, `dropped`, `lost` (sent to where nothing is) or the name of
+        the device that encrypts it."""
+        if self.boot_guard and holds(self.boot_guard, SENDER, destination):
+            return "held"
         if self.filters.get((UPLINK, Direction.EGRESS)) != "mw_to_netdev" or self.settings is None:
             return "clear"
         strict = SettingsFlags.STRICT in self.settings.flags
@@ -245,6 +256,13 @@ class FakeKernel:
             peers = self.wireguard[link.name].peers.values()
             return link.name if any(destination in n for p in peers for n in p.networks) else "lost"
         return "dropped" if strict else "clear"
+
+
+def holds(scope: Scope, source: Address, destination: Address) -> bool:
+    def both_in(networks: Iterable[Network]) -> bool:
+        return all(any(each in network for network in networks) for each in (source, destination))
+
+    return both_in(scope.pods) and not both_in(scope.own)
 
 
 def told_key(told: SecretKey | None, old: SecretKey | None) -> SecretKey | None:
@@ -302,26 +320,25 @@ class Cluster:
         )
 
     def desired(self, kernel: FakeKernel) -> Desired:
+        wanted = desired(self.inputs(kernel))
+        assert wanted is not None
+        return wanted
+
+    def inputs(self, kernel: FakeKernel) -> Inputs:
         members = [self.member(OWN, 1, self.own_key), *(self.member(*other) for other in self.others)]
         secret_key = secret(OWN, self.epoch)
         observed = kernel.observe()
-        wanted = desired(
-            Inputs(
-                node=OWN,
-                members={member.name: member for member in members},
-                nodes={member.name: ClusterNode(name=member.name, ready=True) for member in members},
-                config=MeshConfig(encryption=Encryption(enabled=True, mode=self.mode)),
-                held={self.epoch: HeldKey(self.epoch, public(secret_key), secret_key)}
-                if self.own_key
-                else {},
-                links=observed.links,
-                routes=observed.routes,
-                pods=self.single_pods(),
-                in_place=observed.pinned,
-            )
+        return Inputs(
+            node=OWN,
+            members={member.name: member for member in members},
+            nodes={member.name: ClusterNode(name=member.name, ready=True) for member in members},
+            config=MeshConfig(encryption=Encryption(enabled=True, mode=self.mode)),
+            held={self.epoch: HeldKey(self.epoch, public(secret_key), secret_key)} if self.own_key else {},
+            links=observed.links,
+            routes=observed.routes,
+            pods=self.single_pods(),
+            in_place=observed.pinned,
         )
-        assert wanted is not None
-        return wanted
 
     def single_pods(self) -> dict[str, frozenset[bytes]] | None:
         if self.pods is None:
@@ -751,6 +768,109 @@ def test_where_no_cluster_cidr_covers_new_pods_it_is_said() -> None:
     assert not only_v4.desired(kernel).problems
 
 
+# A node that boots again, with what its init has loaded.
+
+
+def boot(before: Cluster) -> FakeKernel:
+    """The kernel after a boot of a node that was as `before` asks."""
+    last = make_kernel()
+    converge(last, before)
+    kernel = make_kernel()
+    kernel.boot_guard = scope_of(before.desired(last))
+    return kernel
+
+
+def test_the_boot_guard_goes_when_programs_drop_and_not_before() -> None:
+    kernel = boot(ON[1])
+    assert [kernel.egress(pod(number)) for number in (1, 2, 77)] == ["clear", "held", "held"]
+    todo = plans.plan(ON[1].desired(kernel), kernel.observe())
+    kinds = [type(action) for action in todo]
+    lifted = kinds.index(plans.RemoveBootGuard)
+    assert kinds[:lifted] == [
+        plans.LoadDatapath,
+        plans.WriteAddresses,
+        plans.WriteSettings,
+        plans.Attach,
+        plans.Attach,
+    ]
+    for action in todo:
+        kernel.apply(action)
+        assert kernel.egress(pod(2)) in {"held", "dropped", "meshwire_wg1"}, str(action)
+    assert kernel.boot_guard is None and kernel.egress(pod(2)) == "meshwire_wg1"
+    assert converge(kernel, ON[1]) == ()
+
+
+def test_a_boot_guard_alone_is_a_reason_to_act() -> None:
+    """Somebody has loaded it again by hand."""
+    kernel = boot(ON[1])
+    converge(kernel, ON[1])
+    kernel.boot_guard = Scope(frozenset(), frozenset())
+    assert converge(kernel, ON[1]) == (plans.RemoveBootGuard(),)
+
+
+@pytest.mark.parametrize("uplinks", [("eth0", "bond0"), ("bond0",)])
+def test_the_boot_guard_waits_for_every_device_that_pods_send_by(uplinks: tuple[str, ...]) -> None:
+    kernel = boot(ON[1])
+    known = ON[1].inputs(kernel)
+    config = replace(known.config, network=NetworkSettings(uplinks=uplinks))
+
+    def take_steps() -> None:
+        for _ in range(2):
+            wanted = desired(replace(known, config=config, links=kernel.links, in_place=kernel.loaded))
+            assert wanted
+            for action in plans.plan(wanted, kernel.observe()):
+                kernel.apply(action)
+
+    take_steps()
+    assert kernel.loaded and kernel.egress(pod(2)) == "held"
+    kernel.links["bond0"] = Link(index=3, name="bond0", up=True)
+    take_steps()
+    assert kernel.boot_guard is None and ("bond0", Direction.EGRESS) in kernel.filters
+
+
+def test_without_any_uplink_the_boot_guard_stays() -> None:
+    kernel = boot(ON[1])
+    uplink = kernel.links.pop(UPLINK)
+    known = replace(ON[1].inputs(kernel), routes=())
+    wanted = desired(known)
+    assert wanted and not wanted.attachments - {
+        each for each in wanted.attachments if each.device in DEVICES
+    }
+    for action in plans.plan(wanted, replace(kernel.observe(), routes=())):
+        kernel.apply(action)
+    assert kernel.egress(pod(2)) == "held"
+    kernel.links[UPLINK] = uplink
+    converge(kernel, ON[1])
+    assert kernel.boot_guard is None
+
+
+@pytest.mark.parametrize("action", [plans.LoadDatapath, plans.WriteSettings, plans.Attach])
+def test_where_the_datapath_is_refused_the_boot_guard_stays(action: type) -> None:
+    """The agent ends a plan where an action fails."""
+    kernel = boot(ON[1])
+    for each in plans.plan(ON[1].desired(kernel), kernel.observe()):
+        if isinstance(each, action):
+            break
+        kernel.apply(each)
+    assert kernel.egress(pod(2)) == "held"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [Cluster(Phase.OFF, 1), *ON[2:], replace(ON[1], mode=Mode.PERMISSIVE)],
+    ids=lambda cluster: f"{cluster.phase}-{cluster.mode}",
+)
+def test_where_plaintext_may_pass_by_now_nothing_is_held(after: Cluster) -> None:
+    kernel = boot(ON[1])
+    converge(kernel, after)
+    assert kernel.boot_guard is None and kernel.egress(pod(2)) in {"clear", "meshwire_wg1"}
+
+
+def test_no_order_touches_nothing() -> None:
+    kernel = boot(ON[1])
+    assert desired(replace(ON[1].inputs(kernel), members={}, nodes={})) is None
+
+
 # Any order of events, any interruption, any damage.
 
 ADDRESSES = ("10.244.9.1", "10.244.9.2", "10.244.2.7", "198.18.0.3", "fd00::1")
@@ -848,6 +968,28 @@ def test_what_is_guarded_is_never_in_clear_on_the_way(
         kernel.apply(action)
         assert all(kernel.egress(each) != "clear" for each in guarded), str(action)
     assert all(kernel.egress(each) != "clear" for each in known)
+
+
+@settings(max_examples=300, deadline=None)
+@given(clusters, clusters, st.integers(0, 20), st.booleans())
+def test_what_the_boot_guard_holds_is_never_in_clear_after(
+    before: Cluster, after: Cluster, stop_after: int, broken: bool
+) -> None:
+    """A node that was strict boots, and is strict in what has become of the cluster; interrupted once."""
+    before = replace(before, phase=Phase.ENFORCING, mode=Mode.STRICT)
+    after = replace(after, phase=Phase.ENFORCING, mode=Mode.STRICT)
+    kernel = boot(before)
+    wanted = after.desired(kernel)
+    held = [each for each in destinations() if kernel.egress(each) == "held" and is_guarded_by(wanted, each)]
+    for action in plans.plan(wanted, kernel.observe())[:stop_after]:
+        kernel.apply(action)
+        assert all(kernel.egress(each) != "clear" for each in held), str(action)
+    if broken:
+        damage(kernel, "device")
+    for action in plans.plan(after.desired(kernel), kernel.observe()):
+        kernel.apply(action)
+        assert all(kernel.egress(each) != "clear" for each in held), str(action)
+    assert kernel.boot_guard is None
 
 
 @settings(max_examples=200, deadline=None)

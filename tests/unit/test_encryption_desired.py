@@ -266,8 +266,21 @@ def test_named_devices_replace_found_ones() -> None:
     routes = (Route(ip_network("0.0.0.0/0"), (2,)),)
     wanted = want(member("a", 1), links=links, routes=routes, config=config, held={})
     assert {attachment.device for attachment in wanted.attachments} == {"eth1"}
+    assert wanted.ways_known
     assert wanted.settings is not None
     assert wanted.settings.tunnel_mtu == 8920
+
+
+@pytest.mark.parametrize(
+    ("uplinks", "found", "known"),
+    [(("eth0",), ("eth0",), True), (("eth0", "bond0"), ("eth0",), False), ((), (), False)],
+)
+def test_whether_all_ways_off_the_node_are_known(
+    uplinks: tuple[str, ...], found: tuple[str, ...], known: bool
+) -> None:
+    links = {name: Link(index=index, name=name) for index, name in enumerate(found, start=2)}
+    config = MeshConfig(encryption=Encryption(enabled=True), network=NetworkSettings(uplinks=uplinks))
+    assert want(member("a", 1), links=links, routes=(), config=config, held={}).ways_known is known
 
 
 @pytest.mark.parametrize(

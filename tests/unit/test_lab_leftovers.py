@@ -45,3 +45,19 @@ def test_what_is_of_another_epoch_or_way_is(line: str) -> None:
 
 def test_in_quarantine_the_guard_stays_and_keys_and_devices_go() -> None:
     assert [each.split()[0] for each in find_leftovers(OUT, SHOWN)] == ["device", "keys", "filter"]
+
+
+GUARD = """guard /var/lib/meshwire/boot.nft
+guard /etc/systemd/system/meshwire-boot.service
+guard /etc/systemd/system/multi-user.target.wants/meshwire-boot.service
+"""
+
+
+def test_a_boot_guard_on_the_disk_is_left_over_where_nobody_asks_for_it() -> None:
+    assert find_leftovers(ON, SHOWN + GUARD, boot_guard=True) == []
+    assert len(find_leftovers(ON, SHOWN + GUARD)) == 3
+    assert len(find_leftovers(OFF, GUARD, boot_guard=True)) == 3
+
+
+def test_a_boot_guard_in_force_is_left_over_anywhere() -> None:
+    assert find_leftovers(ON, "table meshwire_boot\n", boot_guard=True) == ["table meshwire_boot"]

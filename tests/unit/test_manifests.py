@@ -88,7 +88,7 @@ def test_containers_are_confined(container: dict[str, Any]) -> None:
 
 
 def test_alerts_are_on_metrics_that_there_are() -> None:
-    health = Health(policy_maps={"policy": Fill(1, 2)})
+    health = Health(policy_maps={"policy": Fill(1, 2)}, boot_guard=True)
     there = {line.partition("{")[0].split()[0] for line in format_metrics(health, 0.0)}
     there |= {sample.name for metric in Metrics().registry.collect() for sample in metric.samples}
     (rules,) = of_kind("PrometheusRule")

@@ -26,7 +26,7 @@ from meshwire.bpf import layouts, loader, migrate, tc
 from meshwire.bpf.layouts import Reason
 from meshwire.bpf.maps import AddressEntry as MapAddress
 from meshwire.bpf.maps import Counter, Maps, SettingsEntry
-from meshwire.encryption import netlink, uapi
+from meshwire.encryption import bootguard, netlink, nftables, uapi
 from meshwire.encryption import plan as plans
 from meshwire.encryption.health import PairKey, Reading
 from meshwire.encryption.model import (
@@ -122,6 +122,7 @@ class Kernel:
         self._stale = Part.ALL
         self._seen = Observed(links={})
         self._guarded: frozenset[str] = frozenset()
+        self._nftables_after = 0.0
 
     def close(self) -> None:
         """Lets go of everything; what is attached and pinned stays in force."""
@@ -161,6 +162,7 @@ class Kernel:
                 routes=netlink.observe_routes(),
                 attachments=frozenset(self._observe_attachments(hooked)),
                 hooked=frozenset(hooked.values()),
+                boot_guard=self._observe_boot_guard(),
                 sysctls=netlink.read_sysctls(self._settings.proc_sys, paths),
             )
         if Part.WIREGUARD in stale:
@@ -260,6 +262,8 @@ class Kernel:
                 )
             case plans.Detach(attachment):
                 self._detach(attachment)
+            case plans.RemoveBootGuard():
+                nftables.delete_table(bootguard.TABLE)
             case plans.CreateDevice(name):
                 self._create(name)
             case plans.DeleteDevice(name):
@@ -453,6 +457,15 @@ class Kernel:
                 for each in tc.find_filters(self._ipr, index, tc.POLICY_OUT)
             ):
                 yield name
+
+    def _observe_boot_guard(self) -> bool:
+        # Each question makes a kernel without nftables look for the module.
+        if time.monotonic() < self._nftables_after:
+            return False
+        there = nftables.has_table(bootguard.TABLE)
+        if there is None:
+            self._nftables_after = time.monotonic() + _PROBE_SECONDS
+        return bool(there)
 
     def _is_loaded(self, found: tc.Filter) -> bool:
         """The filter does what the program we loaded would do."""

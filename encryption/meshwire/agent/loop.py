@@ -17,6 +17,7 @@ import aiohttp
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import state
+from meshwire.agent.bootguard import BootGuard
 from meshwire.agent.kernel import Kernel, Metrics, Part
 from meshwire.agent.pairs import Counts as PairCounts
 from meshwire.agent.pairs import Pairs
@@ -25,11 +26,13 @@ from meshwire.agent.settings import Settings
 from meshwire.agent.userspace import CannotStart
 from meshwire.agent.watch import World
 from meshwire.api import conditions, names
+from meshwire.api.meshconfig import BootGuard as BootGuardKind
 from meshwire.api.meshconfig import MeshConfig
 from meshwire.api.meshnode import Key, Phase, Status
 from meshwire.bpf import loader, tc
 from meshwire.bpf.layouts import Reason
 from meshwire.encryption import keys, report
+from meshwire.encryption.bootguard import scope_of
 from meshwire.encryption.desired import (
     WIREGUARD_UNAVAILABLE,
     Inputs,
@@ -86,6 +89,8 @@ class Health:
     policy_maps: Mapping[str, Fill] = field(default_factory=dict)
     """By name."""
     policy_closed_pods: int = 0
+    boot_guard: bool | None = None
+    """In place; None: it isn't asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +169,7 @@ class Agent:
         if not settings.pin_directory.exists():
             # A reboot: until the API server has answered, what was guarded before is guarded again.
             self._guarded = state.read_guard(settings.guard_file)
+        self._boot_guard = BootGuard(settings)
         self._wake = asyncio.Event()
         self._stale = Part.ALL
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kernel")
@@ -374,6 +380,7 @@ class Agent:
         applied: Plan = ()
         failed = False
         look = self._look(world, found, fresh)
+        self._boot_guard.find_missed(loaded=look.observed.boot_guard)
         # Twice is what loading takes; a third time means that something else changes the same things.
         for _ in range(3):
             if not look.todo or failed:
@@ -386,6 +393,8 @@ class Agent:
             look = self._look(world, found, Part.NONE)
         if self._source and look.desired and not failed:
             self._keep_guard(look.desired, world)
+        if self._source and look.desired:
+            self._keep_boot_guard(look.desired, look.config, again=fresh is Part.ALL, failed=failed)
         metrics = self._kernel.metrics()
         return Outcome(look.desired, look.observed, applied, tuple(dict.fromkeys(found)), metrics, failed)
 
@@ -397,6 +406,15 @@ class Agent:
         elif not wanted.strict and path.exists():
             path.unlink()
             self._guarded = {}
+
+    def _keep_boot_guard(self, wanted: Desired, config: MeshConfig, *, again: bool, failed: bool) -> None:
+        is_asked = config.encryption.boot_guard is BootGuardKind.SYSTEMD
+        scope = scope_of(wanted) if is_asked else None
+        # It is there as soon as Strict is asked for, and no sooner gone than that has been carried out.
+        if scope or not failed:
+            self._boot_guard.keep(scope, again=again)
+        kept = self._boot_guard.kept
+        self.health.boot_guard = kept.in_place if kept else None
 
     def _look(self, world: World, problems: list[Problem], fresh: Part) -> Look:
         look = observe_and_plan(
@@ -462,7 +480,9 @@ class Agent:
             version=version,
             drained=drained,
         )
-        status = self._pairs.add_to(status)
+        status = self._boot_guard.add_to(
+            self._pairs.add_to(status), datetime.fromtimestamp(outcome.observed.now, UTC)
+        )
         if status == before == world.status:
             return RESYNC
         # What differs from the API server's alone may be on its way back to us, or somebody else's doing.

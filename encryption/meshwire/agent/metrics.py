@@ -65,6 +65,11 @@ def format_metrics(health: Health, now: float) -> Iterator[str]:
     )
     yield f"meshwire_policy_closed_pods {health.policy_closed_pods}"
     yield from _format_pairs(health.pairs)
+    if health.boot_guard is not None:
+        yield from _head(
+            "meshwire_boot_guard", "gauge", "Whether the next boot holds pods back until the agent is there."
+        )
+        yield f"meshwire_boot_guard {int(health.boot_guard)}"
     if health.desired is None or health.observed is None:
         return
     yield from _head("meshwire_peers", "gauge", "Peers by device.")

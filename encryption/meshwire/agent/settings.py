@@ -25,6 +25,10 @@ class Settings:
     run_directory: Path
     proc_sys: Path
     metrics_address: tuple[str, int]
+    systemd_directory: Path = Path("/host/etc/systemd/system")
+    """The host's /etc/systemd/system; it isn't there where nobody has given it to the agent."""
+    host_usr: Path = Path("/host/usr")
+    """The host's /usr."""
 
     @property
     def policy_pin_directory(self) -> Path:
@@ -47,6 +51,11 @@ class Settings:
     def guard_file(self) -> Path:
         return self.state_directory / "guard.json"
 
+    @property
+    def boot_rules_file(self) -> Path:
+        """Has to have the same path on the host."""
+        return self.state_directory / "boot.nft"
+
 
 def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """Raises InvalidEnvironment."""
@@ -63,4 +72,6 @@ def read_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         run_directory=Path(environ.get("MESHWIRE_RUN_DIR", "/run/meshwire")),
         proc_sys=Path(environ.get("MESHWIRE_PROC_SYS", "/proc/sys")),
         metrics_address=(host.strip("[]"), int(port)),
+        systemd_directory=Path(environ.get("MESHWIRE_SYSTEMD_DIR", "/host/etc/systemd/system")),
+        host_usr=Path(environ.get("MESHWIRE_HOST_USR", "/host/usr")),
     )

@@ -27,7 +27,7 @@ def write_config(path: Path, spec: Mapping[str, Any]) -> None:
     """Replaces the file in one step; writes nothing where it holds this already. Raises OSError."""
     text = json.dumps(spec, sort_keys=True)
     if not path.exists() or path.read_text() != text:
-        _replace(path, text)
+        replace_file(path, text)
 
 
 def read_guard(path: Path) -> dict[str, Member]:
@@ -50,14 +50,27 @@ def write_guard(path: Path, members: Iterable[Member]) -> None:
         }
         for member in members
     ]
-    _replace(path, json.dumps(bodies))
+    replace_file(path, json.dumps(bodies))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str, mode: int = 0o600) -> None:
+    """In one step, and on the disk when this returns. Raises OSError."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("w") as stream:
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as stream:
         stream.write(text)
         stream.flush()
+        os.fchmod(stream.fileno(), mode)
         os.fsync(stream.fileno())
     temporary.rename(path)
+    sync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """What was renamed there or linked outlasts a loss of power. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

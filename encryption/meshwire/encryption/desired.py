@@ -187,6 +187,7 @@ def desired(inputs: Inputs) -> Desired | None:
         revocations=revocations,
         attachments=frozenset(_attachments(inputs.links, (*uplinks, *overlays), devices)),
         hooked=hooked,
+        ways_known=bool(uplinks) and hooked.issuperset((*uplinks, *overlays)),
         live_ids=frozenset(
             shares.number
             for name, shares in others.items()

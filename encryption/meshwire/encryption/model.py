@@ -271,6 +271,8 @@ class Observed:
     attachments: frozenset[Attachment] = frozenset()
     hooked: frozenset[str] = frozenset()
     unguarded: frozenset[str] = frozenset()
+    boot_guard: bool = False
+    """What init loaded before the agent was there still holds back what pods send (bootguard.TABLE)."""
     sysctls: Mapping[str, str] = field(default_factory=dict)
     endpoints: Mapping[tuple[str, str], Endpoint] = field(default_factory=dict)
     implementation: Implementation = Implementation.KERNEL
@@ -345,6 +347,9 @@ class Desired:
     confirm."""
     attachments: frozenset[Attachment] = frozenset()
     hooked: frozenset[str] = frozenset()
+    ways_known: bool = False
+    """There is a device that pod traffic leaves the node by, and none that the MeshConfig names is missing:
+    with `attachments` in place nothing passes them by."""
     live_ids: frozenset[int] = frozenset()
     """Numbers of the other nodes whose Node is Ready."""
     problems: tuple[Problem, ...] = ()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from meshwire.api.fields import Network
+from meshwire.encryption.bootguard import TABLE
 from meshwire.encryption.model import (
     DEVICE_ADDRESS,
     DEVICES,
@@ -155,6 +156,14 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoveBootGuard:
+    """Takes away what the node's init loaded to hold pods back until now."""
+
+    def __str__(self) -> str:
+        return f"remove nftables' table {TABLE}"
+
+
+@dataclass(frozen=True, slots=True)
 class CreateDevice:
     name: str
 
@@ -262,6 +271,7 @@ Action = (
     | AddClsact
     | Attach
     | Detach
+    | RemoveBootGuard
     | CreateDevice
     | DeleteDevice
     | SetLink
@@ -286,6 +296,8 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
     #     strict node without a tunnel drops. First time before anything is attached: no packet sees zeroes.
     #  4. Nodes whose device is in place already get it; nodes that have none any more lose it.
     #  5. Uplinks and overlays get their programs, before there is a device: a new node is guarded first.
+    #     Where they drop already, the boot guard can go: it may hold back more than they do. Otherwise it
+    #     goes after 8. It stays while a device is missing that pod traffic may leave by.
     #  6. Each device: made, told its key and port, given sysctls and from_wireguard, put up, and only then
     #     told its peers. On current kernels wireguard-go takes its device for up from the start and shakes
     #     hands with peers that it knows; they would move to a device that throws away what they send.
@@ -331,6 +343,10 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
 
     wanted = desired.attachments - observed.attachments
     yield from (Attach(attachment) for attachment in sorted(wanted) if attachment.device not in DEVICES)
+    lifts = observed.boot_guard and (desired.ways_known or not desired.strict)
+    drops = SettingsFlags.STRICT in milder.flags
+    if lifts and drops:
+        yield RemoveBootGuard()
     for device in sorted(desired.devices, key=lambda device: device.epoch != desired.epoch):
         attach = sorted(attachment for attachment in wanted if attachment.device == device.name)
         yield from _device_actions(device, observed, attach, with_pods=device.name not in told)
@@ -338,6 +354,8 @@ def _turn_on(desired: Desired, observed: Observed) -> Iterator[Action]:
             yield WriteNodes(entries)
     if milder != desired.settings:
         yield WriteSettings(desired.settings)
+    if lifts and not drops:
+        yield RemoveBootGuard()
 
     gone = set(old_addresses) - set(desired.addresses)
     if gone and (written := {address for action in pods_written for address in action.addresses}):
@@ -361,6 +379,8 @@ def _turn_off(desired: Desired, observed: Observed) -> Iterator[Action]:
     yield from (DeleteDevice(name) for name in DEVICES if name in observed.links)
     if observed.pinned:
         yield UnloadDatapath()
+    if observed.boot_guard:
+        yield RemoveBootGuard()
     yield from (AddClsact(name) for name in sorted(desired.hooked - observed.hooked))
 
 

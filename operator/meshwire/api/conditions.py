@@ -17,6 +17,7 @@ STRICT_SCOPE: Final = "StrictScope"
 POLICY_MAP_PRESSURE: Final = "PolicyMapPressure"
 PAIRS_HEALTHY: Final = "PairsHealthy"
 QUARANTINE: Final = "Quarantine"
+BOOT_GUARD: Final = "BootGuard"
 
 MAX_MESSAGE: Final = 1024
 """Characters of a condition's message; longer ones are cut. metav1.Condition would allow 32768."""
@@ -105,6 +106,11 @@ def set_condition(
     if old.status == status and old.since:
         new = replace(new, since=old.since)
     return tuple(new if condition is old else condition for condition in conditions)
+
+
+def without(conditions: Iterable[Condition], type: str) -> tuple[Condition, ...]:
+    """All but that of the type, if there is one."""
+    return tuple(condition for condition in conditions if condition.type != type)
 
 
 def shortened(message: str) -> str:

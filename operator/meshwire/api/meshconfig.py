@@ -53,6 +53,11 @@ class Userspace(StrEnum):
     ALWAYS = "Always"
 
 
+class BootGuard(StrEnum):
+    OFF = "Off"
+    SYSTEMD = "Systemd"
+
+
 class SameNodePath(StrEnum):
     AUTO = "Auto"
     DIRECT = "Direct"
@@ -80,6 +85,8 @@ class Encryption:
     key_rotation: KeyRotation = field(default_factory=KeyRotation)
     preshared_keys: bool = True
     """Of epochs that begin from now on: what has begun stays as it is."""
+    boot_guard: BootGuard = BootGuard.OFF
+    """Who holds back, in Strict, what pods of a node that boots send before its agent is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +160,7 @@ def _encryption(source: Mapping[str, Any]) -> Encryption:
         keepalive=fields.integer(source, "persistentKeepaliveSeconds", path, default=25, high=65535),
         key_rotation=_key_rotation(fields.child(source, "keyRotation", path)),
         preshared_keys=fields.boolean(source, "presharedKeys", path, default=True),
+        boot_guard=fields.choice(source, "bootGuard", path, default=BootGuard.OFF),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Final
 from meshwire.api import names
 from meshwire.cli.facts import (
     Attempts,
+    Boot,
     ClusterFacts,
     Device,
     Devices,
@@ -22,7 +23,7 @@ from meshwire.cli.facts import (
     ReversePath,
     WireGuard,
 )
-from meshwire.cli.findings import Finding, failure, passed, skipped, warning
+from meshwire.cli.findings import UNGUARDED_BOOT, Finding, failure, passed, skipped, warning
 
 MINIMUM_KERNEL: Final = (5, 15)
 KERNEL_FEATURES: Final = (
@@ -218,6 +219,25 @@ def judge_forwarding(forwarding: Forwarding) -> Iterator[Finding]:
         todo="the CNI usually sets it when it starts; where it does not and pods use that family: "
         f"sysctl -w {' '.join(f'{name}=1' for name in off)}, and in /etc/sysctl.d",
     )
+
+
+def judge_boot(boot: Boot) -> Iterator[Finding]:
+    lacks = [name for name, there in (("systemd", boot.systemd), ("nft", boot.nft)) if not there]
+    if boot.asked and lacks:
+        yield warning(
+            "boot guard",
+            f"There is no {' and no '.join(lacks)} on this node for spec.encryption.bootGuard",
+            why=UNGUARDED_BOOT,
+            todo="drain the node before you reboot it" if not boot.systemd else "install nftables",
+        )
+    elif boot.asked:
+        yield passed("boot guard", "systemd and nft are here for it")
+    elif lacks:
+        yield passed("boot guard", f"not asked for, and not possible without {' and '.join(lacks)}")
+    else:
+        yield passed(
+            "boot guard", f"not asked for; spec.encryption.bootGuard: Systemd is possible. {UNGUARDED_BOOT}"
+        )
 
 
 def judge_reverse_path(reverse_path: ReversePath) -> Iterator[Finding]:

@@ -12,7 +12,15 @@ from meshwire.api.meshconfig import MeshConfig, Mode, Userspace
 from meshwire.api.meshnode import Implementation, MeshNode, Phase
 from meshwire.api.meshpolicyreport import MAP_FULL
 from meshwire.api.meshstatus import MeshStatus
-from meshwire.cli.findings import Finding, failure, warning
+from meshwire.cli.findings import UNGUARDED_BOOT, Finding, failure, warning
+from meshwire.encryption.bootguard import (
+    NO_NFT,
+    NO_SYSTEMD,
+    NOT_KEPT,
+    NOT_LOADED,
+    NOT_MOUNTED,
+    NOT_WRITABLE,
+)
 
 OPERATOR_LOG: Final = f"kubectl -n {names.NAMESPACE} logs deployment/meshwire-operator"
 IN_CLEAR: Final = "traffic between pods of different nodes travels in clear"
@@ -284,6 +292,17 @@ REASONS: Final[Mapping[str, tuple[str, str]]] = {
 }
 """Reason of a MeshNode's Ready condition -> why it matters, what to do."""
 
+BOOT_GUARD: Final[Mapping[str, str]] = {
+    NOT_MOUNTED: "install with the component config/bootguard",
+    NO_SYSTEMD: "drain the node before you reboot it; so far systemd alone can load the guard",
+    NOT_WRITABLE: "put the unit config/bootguard/meshwire-boot.service into the node's image",
+    NOT_KEPT: "see that the node's disk has room and /var/lib/meshwire can be written",
+    NO_NFT: "install nftables on the node",
+    NOT_LOADED: "see that nothing flushes nftables after the unit or keeps it from starting;"
+    " what its pods sent to other nodes until the agent was there, has left in clear",
+}
+"""Reason of a MeshNode's BootGuard condition -> what to do."""
+
 
 def _diagnose_node(node: MeshNode, snapshot: Snapshot) -> Iterator[Finding]:
     check, status = f"node {node.name}", node.status
@@ -316,6 +335,14 @@ def _diagnose_node(node: MeshNode, snapshot: Snapshot) -> Iterator[Finding]:
         why, todo = REASONS.get(ready.reason, ("the node is not in the state it was told to be in", ""))
         yield failure(
             check, _words(ready), why=why, todo=f"{todo}; {_agent_log(node)}" if todo else _agent_log(node)
+        )
+    guard = conditions.find(status.conditions, conditions.BOOT_GUARD)
+    if guard and not guard.status:
+        yield warning(
+            check,
+            f"No boot guard, {_words(guard)}",
+            why=UNGUARDED_BOOT,
+            todo=BOOT_GUARD.get(guard.reason, _agent_log(node)),
         )
     if status.leaked:
         yield failure(

@@ -58,6 +58,15 @@ class Forwarding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Boot:
+    """What a boot guard takes. `asked`: the MeshConfig wants one."""
+
+    systemd: bool
+    nft: bool
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReversePath:
     """net.ipv4.conf.*.rp_filter: 0 off, 1 strict, 2 loose. `devices` has the uplinks and Meshwire's own."""
 

@@ -56,6 +56,10 @@ def worst(findings: Iterable[Finding]) -> Level:
     return max((finding.level for finding in findings), key=order.index, default=Level.PASS)
 
 
+UNGUARDED_BOOT: Final = (
+    "When the node boots, what its pods send to other nodes before the agent is there leaves in clear"
+)
+
 PIPE_COLUMNS: Final = 200
 STYLES: Final = {Level.PASS: "green", Level.SKIP: "dim", Level.WARN: "yellow", Level.FAIL: "bold red"}
 

@@ -15,7 +15,7 @@ from pyroute2 import NetlinkError
 
 from meshwire.api import names
 from meshwire.api.fields import InvalidSpec
-from meshwire.api.meshconfig import MeshConfig
+from meshwire.api.meshconfig import BootGuard, MeshConfig
 from meshwire.cli import checks, cluster, probes
 from meshwire.cli.cluster import ClusterUnavailable
 from meshwire.cli.facts import ClusterFacts, ClusterNode
@@ -63,6 +63,10 @@ def check_node(config: MeshConfig, nodes: Sequence[ClusterNode]) -> Iterator[Fin
     port = config.encryption.port
     yield from check("ports", lambda: probes.find_ports(port), checks.judge_ports)
     yield from check("forwarding", probes.find_forwarding, checks.judge_forwarding)
+    asked = config.encryption.boot_guard is BootGuard.SYSTEMD
+    yield from check(
+        "boot guard", probes.find_boot, lambda boot: checks.judge_boot(replace(boot, asked=asked))
+    )
     try:
         devices = probes.find_devices(
             uplinks=config.network.uplinks, overlays=config.network.overlays, nodes=nodes

@@ -22,6 +22,7 @@ from meshwire.api.fields import Address, Network
 from meshwire.cli import bpfcall
 from meshwire.cli.facts import (
     Attempts,
+    Boot,
     Chain,
     ClusterNode,
     Device,
@@ -41,6 +42,8 @@ from meshwire.encryption.netlink import observe_links, observe_routes
 SYSCTL: Final = Path("/proc/sys")
 CAPABILITIES: Final = {12: "net_admin", 13: "net_raw", 21: "sys_admin", 38: "perfmon", 39: "bpf"}
 """Bit -> name, as in linux/capability.h; those that Meshwire has to do with."""
+PROGRAMS: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""Where services find theirs, whatever a person's shell does."""
 SANDBOX_SECONDS: Final = 60
 """Long enough for modprobe on a slow disk."""
 
@@ -198,6 +201,13 @@ def find_forwarding() -> Forwarding:
         ipv6=_sysctl("net/ipv6/conf/all/forwarding") == 1
         if disabled.exists() and disabled.read_text().strip() == "0"
         else None,
+    )
+
+
+def find_boot() -> Boot:
+    # sd_booted(3)
+    return Boot(
+        systemd=Path("/run/systemd/system").is_dir(), nft=shutil.which("nft", path=PROGRAMS) is not None
     )
 
 

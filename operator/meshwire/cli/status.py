@@ -11,7 +11,7 @@ import click
 
 from meshwire.api import conditions, names
 from meshwire.api.fields import InvalidSpec
-from meshwire.api.meshconfig import MeshConfig
+from meshwire.api.meshconfig import BootGuard, MeshConfig, Mode
 from meshwire.api.meshnode import MeshNode
 from meshwire.api.meshstatus import MeshStatus
 from meshwire.cli import cluster, matrix
@@ -157,12 +157,28 @@ def _mesh_table(snapshot: Snapshot) -> RenderableType:
     table.add_row("Epoch", f"{status.epoch}, keys {age_of_keys} old" if status.epoch else "none yet")
     table.add_row("Nodes", f"{status.nodes_ready} of {status.nodes} ready")
     table.add_row("Leaked", _count(status.leaked, "bold red"))
+    if (row := boot_guard(snapshot)) is not None:
+        table.add_row("Boot guard", row)
     table.add_row("Ready", _yes_no(is_ready(snapshot)))
     for condition in status.conditions:
         state = {True: "True", False: "False", None: "Unknown"}[condition.status]
         words = f"{state}, {condition.reason}" + (f": {condition.message}" if condition.message else "")
         table.add_row(Text(f"  {condition.type}"), Text(words))
     return table
+
+
+def boot_guard(snapshot: Snapshot) -> str | None:
+    """On how many nodes it is in place; None where there is nothing for it to hold back."""
+    encryption = (snapshot.config or MeshConfig()).encryption
+    if not encryption.enabled or encryption.mode is not Mode.STRICT:
+        return None
+    if encryption.boot_guard is BootGuard.OFF:
+        return (
+            "off (spec.encryption.bootGuard): what pods of a booting node send before its agent is in clear"
+        )
+    nodes = [node.status.conditions for node in snapshot.meshnodes]
+    in_place = sum(conditions.is_true(each, conditions.BOOT_GUARD, generation=0) for each in nodes)
+    return f"in place on {in_place} of {len(nodes)} nodes"
 
 
 def _node_table(snapshot: Snapshot) -> RenderableType:

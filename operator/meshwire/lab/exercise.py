@@ -223,6 +223,11 @@ class Exercise:
         spec_of = {
             item["metadata"]["name"]: item["spec"] for item in self.lab.get("meshnodes").get("items", ())
         }
+        configs = self.lab.get("meshconfigs").get("items", ())
+        orders = [item["spec"].get("encryption", {}) for item in configs]
+        guarded = any(
+            order.get("bootGuard") == "Systemd" and order.get("mode") == "Strict" for order in orders
+        )
         found = [f"MeshNode {name}" for name in sorted(spec_of.keys() - set(self.lab.nodes))]
         for item in self.lab.get("meshpolicyreports")["items"]:
             if item["metadata"]["name"] not in self.lab.nodes:
@@ -240,7 +245,8 @@ class Exercise:
             found += [f"{name} in the Secret of {node}" for name in sorted(item["data"].keys() - wanted)]
         for node in self.lab.nodes:
             shown = self.lab.on_node(node, "sh", "-c", _LOOK, check=False).stdout
-            found += [f"{node}: {each}" for each in find_leftovers(spec_of.get(node, {}), shown)]
+            spec = spec_of.get(node, {})
+            found += [f"{node}: {each}" for each in find_leftovers(spec, shown, boot_guard=guarded)]
         return found
 
     # Policy
@@ -381,6 +387,10 @@ class Exercise:
 _LOOK: Final = """
 for device in /sys/class/net/meshwire_wg*; do [ -e "$device" ] && echo "device ${device##*/}"; done
 for pin in /sys/fs/bpf/meshwire*; do [ -e "$pin" ] && echo "pins ${pin##*/}"; done
+for file in /var/lib/meshwire/boot.nft $(find /etc/systemd/system -name 'meshwire*'); do
+  [ -e "$file" ] || [ -L "$file" ] && echo "guard $file"
+done
+nft list tables 2>/dev/null | grep -o 'meshwire.*' | sed 's/^/table /'
 [ -e /var/lib/meshwire/keys.json ] && echo "keys $(cat /var/lib/meshwire/keys.json)"
 ip -o route show table all | grep -o 'dev meshwire_wg[01].*' | sed 's/^/route /'
 for device in /sys/class/net/*; do
@@ -393,8 +403,9 @@ done
 """One line for each thing of ours on a node: its kind and what it is."""
 
 
-def find_leftovers(spec: Mapping[str, Any], shown: str) -> list[str]:
-    """What of _LOOK's answer a MeshNode's spec doesn't ask for."""
+def find_leftovers(spec: Mapping[str, Any], shown: str, *, boot_guard: bool = False) -> list[str]:
+    """What of _LOOK's answer a MeshNode's spec doesn't ask for. `boot_guard`: the MeshConfig does, for
+    Strict."""
     order = spec.get("encryption", {})
     is_on = order.get("phase", "Off") != "Off"
     epochs = {key["epoch"] for key in spec.get("keys", ())}
@@ -411,6 +422,11 @@ def find_leftovers(spec: Mapping[str, Any], shown: str) -> list[str]:
             case "keys":
                 held = {int(epoch) for epoch in json.loads(what or "{}")}
                 is_needed, what = held <= epochs, f"of epochs {sorted(held - epochs)}"
+            case "guard":
+                # On the disk, that is; in force it holds pods back.
+                is_needed = boot_guard and order.get("phase") == "Enforcing"
+            case "table":
+                is_needed = False
             case "route":
                 # Of the device's own address alone.
                 is_needed = "scope host" in what or "local" in what or "table local" in what

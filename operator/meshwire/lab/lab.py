@@ -27,7 +27,7 @@ import aiohttp
 
 from meshwire.api import names
 from meshwire.kube.client import ApiError, Client, Object, read_kubeconfig
-from meshwire.lab import binaries, cni, controlplane, network, processes
+from meshwire.lab import binaries, cni, controlplane, init, network, processes
 from meshwire.lab.capture import Capture
 from meshwire.lab.files import write_private
 from meshwire.lab.model import (
@@ -253,15 +253,17 @@ class Lab:
 
             self.call(delete)
 
-    def reboot_node(self, name: str, *, wait: bool = True) -> None:
-        """Power off and on: processes, namespaces, bpffs and /run are gone, /var/lib/meshwire stays."""
+    def reboot_node(self, name: str, *, wait: bool = True, agent: bool = True) -> None:
+        """Power off and on: processes, namespaces, bpffs and /run are gone, /var/lib/meshwire and
+        /etc/systemd/system stay. Without `agent`, the node's agent is as if it couldn't start: `start_agent`
+        does it."""
         programs = binaries.ensure_binaries(report=self._report)
         with self._locked():
             state = self.state
             node = state.node(name)
             self._destroy_node(node, state)
             self._make_node(node, state)
-            self._start_nodes(programs, [node], state)
+            self._start_nodes(programs, [node], state, agents=agent)
         if wait:
             self.wait_ready()
 
@@ -425,7 +427,7 @@ class Lab:
             settings=settings,
             api_port=_free_port(),
             nodes=tuple(Node(f"node{index}", index) for index in range(1, settings.nodes + 1)),
-            made_directories=_missing(network.NETNS_DIRECTORY, network.NODE_STATE),
+            made_directories=_missing(network.NETNS_DIRECTORY, network.NODE_STATE, init.SYSTEMD),
             made_netns_mount=made_mount,
         )
         self._write_state(state)
@@ -433,7 +435,8 @@ class Lab:
         self.paths.root.chmod(0o700)
         for directory in (self.paths.pki, self.paths.logs, self.paths.processes):
             directory.mkdir()
-        network.NODE_STATE.mkdir(parents=True, exist_ok=True)
+        for directory in (network.NODE_STATE, init.SYSTEMD):
+            directory.mkdir(parents=True, exist_ok=True)
         return state
 
     def _start_control_plane(self, programs: Path, state: State) -> None:
@@ -484,8 +487,13 @@ class Lab:
     def _make_node(self, node: Node, state: State) -> None:
         controlplane.make_node_credentials(self.paths, state.settings, node)
         network.make_node(node, state.settings, self.paths, state.lab_id)
+        ran = init.boot(self.paths.units(node.name), self._enter_node(node), self.environment())
+        if ran:
+            self._report(f"{node.name} booted: {', '.join(ran)}")
 
-    def _start_nodes(self, programs: Path, nodes: Sequence[Node], state: State) -> None:
+    def _start_nodes(
+        self, programs: Path, nodes: Sequence[Node], state: State, *, agents: bool = True
+    ) -> None:
         tainted = ["--tainted"] if state.settings.mesh else []
         for node in nodes:
             env = processes.environment(state.lab_id)
@@ -496,7 +504,7 @@ class Lab:
             configuration.write_text(controlplane.proxy_configuration(self.paths, state.settings, node))
             proxy = controlplane.proxy_command(programs, configuration)
             processes.start(self.paths, f"{node.name}.proxy", proxy, env=env, prefix=self._enter_node(node))
-        if state.settings.mesh:
+        if state.settings.mesh and agents:
             # Each waits for its node's token: by now all nodes are on their way to one.
             for node in nodes:
                 self._start_mesh(node, state)
@@ -514,7 +522,12 @@ class Lab:
         _wait_for_file(token, f"{node.name} gets no token; see `meshwire lab logs {node.name}.node`")
         on_node = self._enter_node(node)
         env = controlplane.pod_environment(
-            state.settings, NODE_NAME=node.name, POD_NAME=f"agent-{node.name}"
+            state.settings,
+            NODE_NAME=node.name,
+            POD_NAME=f"agent-{node.name}",
+            # What the component `bootguard` mounts.
+            MESHWIRE_SYSTEMD_DIR=str(init.SYSTEMD),
+            MESHWIRE_HOST_USR="/usr",
         )
         env = processes.environment(state.lab_id, **env) | environment
         if not self.pid(f"{node.name}.wireguard"):

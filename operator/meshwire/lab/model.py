@@ -219,6 +219,10 @@ class Paths:
         """/var/lib/meshwire of a node."""
         return self.root / "machines" / machine / "lib"
 
+    def units(self, machine: str) -> Path:
+        """/etc/systemd/system of a node."""
+        return self.root / "machines" / machine / "units"
+
     def pods(self, machine: str) -> Path:
         """One JSON file per pod that runs on a node: where to find it."""
         return self.root / "machines" / machine / "pods"

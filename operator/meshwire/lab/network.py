@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from meshwire.lab import processes
+from meshwire.lab import init, processes
 from meshwire.lab.model import (
     BRIDGE,
     CONTROL,
@@ -155,19 +155,22 @@ mount -t tracefs tracefs /sys/kernel/tracing 2>/dev/null || true
 mount --bind "$1" /run
 [ /var/run -ef /run ] || mount --bind "$1" /var/run
 mount --bind "$2" /var/lib/meshwire
-shift 2
+mount --bind "$3" /etc/systemd/system
+shift 3
 while [ $# -gt 0 ]; do echo "$2" > "/proc/sys/$1"; shift 2; done
 echo ready
 exec sleep infinity > /dev/null
 """
-"""What is a node's own: /sys of its network namespace, bpffs, /run, and Meshwire's state. The rest is the
-host's."""
+"""What is a node's own: /sys of its network namespace, bpffs, /run, Meshwire's state, and systemd's units.
+The rest is the host's."""
 
 
 def _start_holder(node: Node, paths: Paths, lab_id: str) -> None:
     for directory in (paths.run(node.name), paths.lib(node.name), paths.logs):
         directory.mkdir(parents=True, exist_ok=True)
-    arguments = [str(paths.run(node.name)), str(paths.lib(node.name))]
+    # As every system has some.
+    (paths.units(node.name) / f"{init.TARGET}.wants").mkdir(parents=True, exist_ok=True)
+    arguments = [str(path(node.name)) for path in (paths.run, paths.lib, paths.units)]
     for name, value in NODE_SYSCTLS.items():
         # A kernel without IPv6 has none of its settings.
         if Path("/proc/sys", name).exists():
