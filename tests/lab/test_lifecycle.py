@@ -7,11 +7,14 @@ import json
 import time
 from pathlib import Path
 
+from meshwire.api.names import device_name
 from meshwire.lab.capture import Capture
 from meshwire.lab.exercise import Exercise
 
 UNTOUCHED = ("node1", "node2")
 GUEST = "node4"
+IMPOSTOR = "impostor"
+NEW_ADDRESS = "198.18.0.240"
 
 
 def reaches(exercise: Exercise, node: str) -> bool:
@@ -138,3 +141,104 @@ def test_no_pod_runs_on_a_node_before_its_datapath_is_in_force(encrypted: Exerci
         lab.kubectl("delete", "pod", "eager", "--now")
         lab.remove_node(GUEST)
         encrypted.wait_for_probes()
+
+
+def report_addresses(exercise: Exercise, node: str, *addresses: str) -> None:
+    """As a kubelet whose host has these."""
+    found = [{"type": "InternalIP", "address": address} for address in addresses]
+    patch = {"status": {"addresses": [*found, {"type": "Hostname", "address": node}]}}
+    exercise.lab.kubectl(
+        "patch", "node", node, "--subresource=status", "--type=merge", "-p", json.dumps(patch)
+    )
+
+
+def asks(exercise: Exercise, node: str) -> bool:
+    return all(
+        exercise.run(node, "ask", address)["complete"] for address in exercise.probe("node1").addresses
+    )
+
+
+def endpoint(exercise: Exercise, at: str, of: str) -> str:
+    """Where one node sends what is for another, without the port."""
+    (key,) = exercise.mesh_node(of)["spec"]["keys"]
+    device = device_name(key["epoch"])
+    shown = exercise.lab.on_node(at, "wg", "show", device, "endpoints").stdout.splitlines()
+    (found,) = (line.split("\t")[1] for line in shown if line.startswith(key["publicKey"]))
+    return found.rpartition(":")[0]
+
+
+def test_a_node_gets_another_address_and_not_one_that_is_taken(encrypted: Exercise, tmp_path: Path) -> None:
+    lab, moved = encrypted.lab, "node3"
+    old, *others = (str(address) for address in lab.state.node(moved).addresses(lab.state.settings.families))
+    taken = str(lab.state.node("node1").addresses(lab.state.settings.families)[0])
+    with Capture(tmp_path / "wire.pcap") as capture, encrypted.flows(udp_rate=200, nodes=UNTOUCHED) as flows:
+        lab.on_node(moved, "sysctl", "-q", "net.ipv4.conf.eth0.promote_secondaries=1")
+        lab.on_node(moved, "ip", "address", "add", f"{NEW_ADDRESS}/24", "dev", "eth0")
+        try:
+            report_addresses(encrypted, moved, NEW_ADDRESS, *others)
+            lab.on_node(moved, "ip", "address", "delete", f"{old}/24", "dev", "eth0")
+            encrypted.wait_until(
+                lambda: all(endpoint(encrypted, node, moved) == NEW_ADDRESS for node in UNTOUCHED),
+                "the others send to its new address",
+            )
+            encrypted.wait_until(lambda: reaches(encrypted, moved), "it is reached there")
+            encrypted.wait_until(lambda: asks(encrypted, moved), "it reaches others from there")
+            assert NEW_ADDRESS in encrypted.mesh_node(moved)["spec"]["addresses"]
+
+            # Somebody else's: refused, both named, and whoever had it keeps it.
+            report_addresses(encrypted, moved, taken, NEW_ADDRESS, *others)
+            refusal = f"{moved} has address {taken} of node1, which keeps it"
+            encrypted.wait_until(
+                lambda: refusal in json.dumps(encrypted.mesh_status()["conditions"]), "MeshStatus names both"
+            )
+            assert taken in encrypted.mesh_node("node1")["spec"]["addresses"]
+            assert taken not in encrypted.mesh_node(moved)["spec"]["addresses"]
+            assert endpoint(encrypted, "node2", moved) == NEW_ADDRESS
+            assert reaches(encrypted, moved)
+        finally:
+            lab.on_node(moved, "ip", "address", "add", f"{old}/24", "dev", "eth0")
+            report_addresses(encrypted, moved, old, *others)
+            lab.on_node(moved, "ip", "address", "delete", f"{NEW_ADDRESS}/24", "dev", "eth0")
+        encrypted.wait_until(lambda: endpoint(encrypted, "node2", moved) == old, "all is as before")
+        encrypted.wait_until(lambda: reaches(encrypted, moved), "it is reached again")
+    print(f"{flows.packets} packets between the others, {flows.lost} lost; on the wire: {capture.report}")
+    assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
+    assert capture.report and capture.report.clear == 0, capture.report
+    encrypted.wait_for_phase("Enforcing")
+
+
+def test_a_node_that_claims_what_others_have_gets_nothing(encrypted: Exercise, tmp_path: Path) -> None:
+    """Its pod CIDR is that of one node, its address another's."""
+    lab = encrypted.lab
+    cidrs = encrypted.mesh_node("node1")["spec"]["podCIDRs"]
+    address = str(lab.state.node("node2").addresses(lab.state.settings.families)[0])
+    wanted = (
+        f"{IMPOSTOR}'s pod CIDR {cidrs[0]} overlaps what node1 has, which keeps it",
+        f"{IMPOSTOR} has address {address} of node2, which keeps it",
+    )
+    with Capture(tmp_path / "wire.pcap") as capture, encrypted.flows(udp_rate=200, nodes=UNTOUCHED) as flows:
+        lab.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Node",
+                "metadata": {"name": IMPOSTOR},
+                "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs},
+            }
+        )
+        try:
+            report_addresses(encrypted, IMPOSTOR, address)
+            encrypted.wait_until(
+                lambda: all(each in json.dumps(encrypted.mesh_status()["conditions"]) for each in wanted),
+                "MeshStatus names all of them",
+            )
+            spec = encrypted.mesh_node(IMPOSTOR)["spec"]
+            assert not spec.get("podCIDRs") and not spec.get("addresses"), spec
+            assert encrypted.mesh_node("node1")["spec"]["podCIDRs"] == cidrs
+            assert all(reaches(encrypted, node) for node in UNTOUCHED[1:])
+        finally:
+            lab.kubectl("delete", "node", IMPOSTOR)
+        encrypted.wait_until(
+            lambda: IMPOSTOR not in json.dumps(encrypted.mesh_status()["conditions"]), "all is well again"
+        )
+    assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
+    assert capture.report and capture.report.clear == 0, capture.report

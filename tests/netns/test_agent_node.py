@@ -390,6 +390,19 @@ def test_a_roamed_endpoint_stays_after_a_handshake(pair: tuple[Node, Node]) -> N
     assert a.ask("see")["devices"][DEVICE][b.key]["endpoint"] != "198.18.0.2:51872"
 
 
+def test_a_node_that_loses_its_address_sends_from_another(pair: tuple[Node, Node]) -> None:
+    """The other has heard nothing of it and finds out by what arrives. wireguard-go alone would go on with
+    the address that it was last reached at."""
+    enforce(pair)
+    _, b = pair
+    ping = "ping -c 1 -W 1 -I 10.244.2.1 10.244.1.1"
+    assert "1 received" in b.run(ping)
+    b.run("sysctl -q net.ipv4.conf.eth0.promote_secondaries=1")
+    b.run("ip addr add 198.18.0.22/24 dev eth0")
+    b.run("ip addr del 198.18.0.2/24 dev eth0")
+    until(lambda: "1 received" in b.run(ping, check=False))
+
+
 def test_without_keepalives_nodes_still_meet(pair: tuple[Node, Node]) -> None:
     a, b = pair
     a.say("Enabling", B, keepalive=0)

@@ -607,6 +607,19 @@ def test_a_roamed_endpoint_stays_until_the_api_names_another() -> None:
     )
 
 
+def test_where_a_device_has_lost_its_source_endpoints_are_set_again_as_they_are() -> None:
+    kernel = make_kernel()
+    converge(kernel, ON[1])
+    kernel.shake_hands()
+    name = "meshwire_wg1"
+    present = {key: peer.endpoint for key, peer in kernel.wireguard[name].peers.items()}
+    observed = replace(kernel.observe(), lost_source=frozenset({name}))
+    [action] = plans.plan(ON[1].desired(kernel), observed)
+    assert isinstance(action, plans.ConfigureDevice) and action.name == name and not action.only_pods
+    assert {peer.public_key: peer.endpoint for peer in action.peers} == present
+    assert not any(peer.remove or peer.gain or peer.preshared_key for peer in action.peers)
+
+
 def test_a_deleted_device_is_healed_in_one_plan() -> None:
     kernel = make_kernel()
     converge(kernel, ON[1])

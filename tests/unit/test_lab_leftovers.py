@@ -61,3 +61,10 @@ def test_a_boot_guard_on_the_disk_is_left_over_where_nobody_asks_for_it() -> Non
 
 def test_a_boot_guard_in_force_is_left_over_anywhere() -> None:
     assert find_leftovers(ON, "table meshwire_boot\n", boot_guard=True) == ["table meshwire_boot"]
+
+
+def test_what_policy_needs_is_left_over_without_it() -> None:
+    shown = "pins meshwire-policy\nfilter veth0 ingress mw_from_pod\n"
+    assert find_leftovers(OFF, shown, policy=True) == []
+    assert find_leftovers(OFF, shown) == shown.splitlines()
+    assert find_leftovers(ON, SHOWN + "pins meshwire-policy\n") == ["pins meshwire-policy"]

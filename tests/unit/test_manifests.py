@@ -83,7 +83,13 @@ def test_containers_are_confined(container: dict[str, Any]) -> None:
     assert not context.get("privileged") and context["allowPrivilegeEscalation"] is False
     assert context["readOnlyRootFilesystem"] is True
     assert context["capabilities"]["drop"] == ["ALL"]
-    assert set(context["capabilities"].get("add", [])) <= {"NET_ADMIN", "BPF", "PERFMON", "NET_RAW"}
+    assert set(context["capabilities"].get("add", [])) <= {
+        "NET_ADMIN",
+        "BPF",
+        "PERFMON",
+        "NET_RAW",
+        "SYS_NICE",
+    }
     assert {"memory"} <= container["resources"]["limits"].keys()
 
 

@@ -19,7 +19,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from meshwire.agent import userspace
 from meshwire.agent.settings import Settings
-from meshwire.api.fields import Network
+from meshwire.api.fields import Address, Network
 from meshwire.api.meshconfig import Userspace
 from meshwire.api.meshnode import Implementation
 from meshwire.bpf import layouts, loader, migrate, tc
@@ -119,6 +119,7 @@ class Kernel:
         self._chosen = Implementation.NONE
         self._implementations: dict[str, WireGuard] = {}
         self._endpoints: dict[tuple[str, str], Endpoint] = {}
+        self._lost_source: frozenset[str] = frozenset()
         self._stale = Part.ALL
         self._seen = Observed(links={})
         self._guarded: frozenset[str] = frozenset()
@@ -153,6 +154,12 @@ class Kernel:
             links = netlink.observe_links(self._ipr)
             if any(_index(links, name) != _index(seen.links, name) for name in DEVICES):
                 stale |= Part.WIREGUARD
+            if _addresses(seen.links) - _addresses(links):
+                # The kernel's looks after each packet's source itself; wireguard-go keeps to the one that it
+                # was last reached at, whatever becomes of it.
+                self._lost_source = frozenset(
+                    name for name, each in self._implementations.items() if isinstance(each, uapi.Uapi)
+                )
             hooked = self._observe_hooked(links)
             self._guarded = frozenset(self._observe_guarded(hooked))
             paths = [path for name in DEVICES for path, _ in device_sysctls(name)]
@@ -187,6 +194,7 @@ class Kernel:
             if self._settings.policy_pin_directory.exists()
             else frozenset(),
             endpoints=dict(self._endpoints),
+            lost_source=self._lost_source,
             implementation=self._chosen,
             now=time.time(),
         )
@@ -353,7 +361,12 @@ class Kernel:
             if peer.remove:
                 self._endpoints.pop((change.name, peer.public_key), None)
             elif peer.endpoint:
-                self._endpoints[change.name, peer.public_key] = peer.endpoint
+                key = (change.name, peer.public_key)
+                # One that was set again for its source's sake may be where the peer has roamed to.
+                again = change.name in self._lost_source and key in self._endpoints
+                self._endpoints[key] = self._endpoints[key] if again else peer.endpoint
+        if not change.only_pods:
+            self._lost_source -= {change.name}
 
     def _forget(self, name: str) -> None:
         self._implementations.pop(name, None)
@@ -483,6 +496,12 @@ class Kernel:
 
 def _index(links: Mapping[str, Link], name: str) -> int:
     return links[name].index if name in links else 0
+
+
+def _addresses(links: Mapping[str, Link]) -> frozenset[Address]:
+    """That a peer may be reached from; each pod's device has a link-local one."""
+    found = (address for link in links.values() for address in link.addresses)
+    return frozenset(address for address in found if not address.is_link_local)
 
 
 def _is_remembered(action: plans.Action) -> bool:

@@ -32,6 +32,9 @@ SOCKET_NAME: Final = "userspace.sock"
 PROGRAM: Final = "wireguard-go"
 
 _START_SECONDS: Final = 5.0
+_NICENESS: Final = -10
+"""What all pods of a node send to others waits for this process, and what doesn't fit into its device's
+queue is lost. So it comes before whoever sends."""
 _STOP_SECONDS: Final = 2.0
 _BIND_SECONDS: Final = 1.0
 _TICK_SECONDS: Final = 2.0
@@ -111,7 +114,8 @@ def _start(run_directory: Path, name: str) -> None:
     )
     try:
         child = subprocess.Popen(
-            [program, "-f", name],
+            # Where it may not, nice says so in the log and starts the program all the same.
+            ["nice", "-n", str(_NICENESS), program, "-f", name],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -261,7 +261,8 @@ class Observed:
     policy that is in force doesn't judge what leaves. `datapath` is None where programs and maps of this
     version are not loaded. `sysctls` has what is readable of the paths asked for, relative to /proc/sys.
     `endpoints` is what this agent last set, by device and public key: a peer that has roamed since is
-    left alone. `now` is Unix time in seconds."""
+    left alone. `lost_source`: names of tunnel devices that may go on sending from an address which the node
+    has lost. `now` is Unix time in seconds."""
 
     links: Mapping[str, Link]
     routes: tuple[Route, ...] = ()
@@ -275,6 +276,7 @@ class Observed:
     """What init loaded before the agent was there still holds back what pods send (bootguard.TABLE)."""
     sysctls: Mapping[str, str] = field(default_factory=dict)
     endpoints: Mapping[tuple[str, str], Endpoint] = field(default_factory=dict)
+    lost_source: frozenset[str] = frozenset()
     implementation: Implementation = Implementation.KERNEL
     now: float = 0.0
 

@@ -640,7 +640,9 @@ def reset_endpoint(device: Device, peer: Peer) -> ConfigureDevice:
 def _new_endpoint(device: Device, peer: Peer, state: PeerState, observed: Observed) -> Endpoint | None:
     """None leaves the endpoint alone: a peer that answers from elsewhere has roamed, and WireGuard knows
     better. It is set again where the API's changed since we last set it, or where the peer can't be reached
-    at the one it has."""
+    at the one it has; and to where it is already, where that makes WireGuard choose its own address anew."""
+    if device.name in observed.lost_source:
+        return state.endpoint or peer.endpoint
     if peer.endpoint is None or peer.endpoint == state.endpoint:
         return None
     last_set = observed.endpoints.get((device.name, peer.public_key))

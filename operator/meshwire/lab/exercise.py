@@ -225,6 +225,7 @@ class Exercise:
         }
         configs = self.lab.get("meshconfigs").get("items", ())
         orders = [item["spec"].get("encryption", {}) for item in configs]
+        judged = any(item["spec"].get("policy", {}).get("enabled") for item in configs)
         guarded = any(
             order.get("bootGuard") == "Systemd" and order.get("mode") == "Strict" for order in orders
         )
@@ -246,7 +247,8 @@ class Exercise:
         for node in self.lab.nodes:
             shown = self.lab.on_node(node, "sh", "-c", _LOOK, check=False).stdout
             spec = spec_of.get(node, {})
-            found += [f"{node}: {each}" for each in find_leftovers(spec, shown, boot_guard=guarded)]
+            ours = find_leftovers(spec, shown, boot_guard=guarded, policy=judged)
+            found += [f"{node}: {each}" for each in ours]
         return found
 
     # Policy
@@ -403,9 +405,11 @@ done
 """One line for each thing of ours on a node: its kind and what it is."""
 
 
-def find_leftovers(spec: Mapping[str, Any], shown: str, *, boot_guard: bool = False) -> list[str]:
+def find_leftovers(
+    spec: Mapping[str, Any], shown: str, *, boot_guard: bool = False, policy: bool = False
+) -> list[str]:
     """What of _LOOK's answer a MeshNode's spec doesn't ask for. `boot_guard`: the MeshConfig does, for
-    Strict."""
+    Strict; `policy`: it does."""
     order = spec.get("encryption", {})
     is_on = order.get("phase", "Off") != "Off"
     epochs = {key["epoch"] for key in spec.get("keys", ())}
@@ -417,8 +421,7 @@ def find_leftovers(spec: Mapping[str, Any], shown: str, *, boot_guard: bool = Fa
             case "device":
                 is_needed = what in devices
             case "pins":
-                # Policy's go by the MeshConfig.
-                is_needed = (is_on and what == "meshwire") or what == "meshwire-policy"
+                is_needed = (is_on and what == "meshwire") or (policy and what == "meshwire-policy")
             case "keys":
                 held = {int(epoch) for epoch in json.loads(what or "{}")}
                 is_needed, what = held <= epochs, f"of epochs {sorted(held - epochs)}"
@@ -431,7 +434,8 @@ def find_leftovers(spec: Mapping[str, Any], shown: str, *, boot_guard: bool = Fa
                 # Of the device's own address alone.
                 is_needed = "scope host" in what or "local" in what or "table local" in what
             case _:
-                is_needed = is_on and (what.split()[0] in devices or not what.startswith("meshwire_wg"))
+                is_tunnel = what.startswith("meshwire_wg")
+                is_needed = what.split()[0] in devices if is_tunnel else is_on or policy
         if not is_needed:
             found.append(f"{kind} {what}")
     return found
