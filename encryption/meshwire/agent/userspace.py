@@ -43,6 +43,7 @@ RECEIVE_BUFFER: Final = 8 * 1024 * 1024
 """Bytes that wait for the process while it gets no processor. The default holds some 250 packets: a busy
 node would lose more than that in a few tens of milliseconds."""
 _SO_RCVBUFFORCE: Final = 33
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _SYS_PIDFD_GETFD: Final = 438
 
 log = logging.getLogger("meshwire.userspace")
@@ -144,23 +145,32 @@ def _start(run_directory: Path, name: str) -> None:
 
 def _widen(run_directory: Path, name: str) -> None:
     """Gives the device's UDP sockets a receive buffer that outlasts a pause. wireguard-go has no setting for
-    it, and makes new sockets whenever the device comes up; a failure costs packets under load and nothing
-    else."""
+    it, and makes new sockets, one for each family, whenever the device comes up; a failure costs packets
+    under load and nothing else."""
     process = _find_process(run_directory, name)
     flags = Path(f"/sys/class/net/{name}/flags")
     if process is None or not flags.exists() or not int(flags.read_text(), 16) & 1:
         return
+    wanted = {family for family in _FAMILIES if _has(family)}
     deadline = time.monotonic() + _BIND_SECONDS
-    while not (widened := _widen_sockets(process.pid)) and time.monotonic() < deadline:
+    while not (whole := _widen_sockets(process.pid) >= wanted) and time.monotonic() < deadline:
         time.sleep(0.01)
-    if not widened:
-        log.warning("%s: its UDP sockets can't be reached, their receive buffers stay small", name)
+    if not whole:
+        log.warning("%s: not all of its UDP sockets can be reached, their receive buffers stay small", name)
 
 
-def _widen_sockets(pid: int) -> int:
-    """How many UDP sockets of the process have a large buffer now."""
+def _has(family: socket.AddressFamily) -> bool:
+    try:
+        socket.socket(family, socket.SOCK_DGRAM).close()
+    except OSError:
+        return False
+    return True
+
+
+def _widen_sockets(pid: int) -> frozenset[int]:
+    """Of which families the process has UDP sockets; all of them have a large buffer now."""
     libc = ctypes.CDLL(None, use_errno=True)
-    found = 0
+    found = set()
     with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
         handle = os.pidfd_open(pid)
         stack.callback(os.close, handle)
@@ -171,10 +181,10 @@ def _widen_sockets(pid: int) -> int:
             if fd < 0:
                 continue
             with socket.socket(fileno=fd) as sock:
-                if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_DGRAM:
+                if sock.family in _FAMILIES and sock.type == socket.SOCK_DGRAM:
                     sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
-                    found += 1
-    return found
+                    found.add(int(sock.family))
+    return frozenset(found)
 
 
 def _stop(run_directory: Path, name: str) -> None:
@@ -238,7 +248,12 @@ def _tidy(run_directory: Path) -> None:
     """Ends processes whose device is gone. Theirs alone: a pid file names a process that one of us
     started."""
     for name in DEVICES:
-        if _find_process(run_directory, name) and not _exists(name):
+        if (process := _find_process(run_directory, name)) is None:
+            continue
+        if _exists(name):
+            # Those that it has made since, for another port.
+            _widen_sockets(process.pid)
+        else:
             log.info("%s is gone, its process still runs: ending it", name)
             _stop(run_directory, name)
 
