@@ -3,6 +3,7 @@ to each other and lose nothing."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import time
 from pathlib import Path
@@ -158,6 +159,17 @@ def asks(exercise: Exercise, node: str) -> bool:
     )
 
 
+def change_address(exercise: Exercise, node: str, old: str, new: str) -> None:
+    """What an administrator and the CNI do. Routes to pods name the old one as their source, and the kernel
+    takes such routes away together with it."""
+    lab = exercise.lab
+    lab.on_node(node, "ip", "address", "add", f"{new}/24", "dev", "eth0")
+    for route in lab.on_node(node, "ip", "route", "show", "src", old).stdout.splitlines():
+        if "proto kernel" not in route:
+            lab.on_node(node, "ip", "route", "replace", *route.split(), "src", new)
+    lab.on_node(node, "ip", "address", "delete", f"{old}/24", "dev", "eth0")
+
+
 def endpoint(exercise: Exercise, at: str, of: str) -> str:
     """Where one node sends what is for another, without the port."""
     (key,) = exercise.mesh_node(of)["spec"]["keys"]
@@ -173,10 +185,9 @@ def test_a_node_gets_another_address_and_not_one_that_is_taken(encrypted: Exerci
     taken = str(lab.state.node("node1").addresses(lab.state.settings.families)[0])
     with Capture(tmp_path / "wire.pcap") as capture, encrypted.flows(udp_rate=200, nodes=UNTOUCHED) as flows:
         lab.on_node(moved, "sysctl", "-q", "net.ipv4.conf.eth0.promote_secondaries=1")
-        lab.on_node(moved, "ip", "address", "add", f"{NEW_ADDRESS}/24", "dev", "eth0")
+        change_address(encrypted, moved, old, NEW_ADDRESS)
         try:
             report_addresses(encrypted, moved, NEW_ADDRESS, *others)
-            lab.on_node(moved, "ip", "address", "delete", f"{old}/24", "dev", "eth0")
             encrypted.wait_until(
                 lambda: all(endpoint(encrypted, node, moved) == NEW_ADDRESS for node in UNTOUCHED),
                 "the others send to its new address",
@@ -186,7 +197,7 @@ def test_a_node_gets_another_address_and_not_one_that_is_taken(encrypted: Exerci
             assert NEW_ADDRESS in encrypted.mesh_node(moved)["spec"]["addresses"]
 
             # Somebody else's: refused, both named, and whoever had it keeps it.
-            report_addresses(encrypted, moved, taken, NEW_ADDRESS, *others)
+            report_addresses(encrypted, moved, NEW_ADDRESS, taken, *others)
             refusal = f"{moved} has address {taken} of node1, which keeps it"
             encrypted.wait_until(
                 lambda: refusal in json.dumps(encrypted.mesh_status()["conditions"]), "MeshStatus names both"
@@ -196,9 +207,8 @@ def test_a_node_gets_another_address_and_not_one_that_is_taken(encrypted: Exerci
             assert endpoint(encrypted, "node2", moved) == NEW_ADDRESS
             assert reaches(encrypted, moved)
         finally:
-            lab.on_node(moved, "ip", "address", "add", f"{old}/24", "dev", "eth0")
+            change_address(encrypted, moved, NEW_ADDRESS, old)
             report_addresses(encrypted, moved, old, *others)
-            lab.on_node(moved, "ip", "address", "delete", f"{NEW_ADDRESS}/24", "dev", "eth0")
         encrypted.wait_until(lambda: endpoint(encrypted, "node2", moved) == old, "all is as before")
         encrypted.wait_until(lambda: reaches(encrypted, moved), "it is reached again")
     print(f"{flows.packets} packets between the others, {flows.lost} lost; on the wire: {capture.report}")
@@ -208,12 +218,14 @@ def test_a_node_gets_another_address_and_not_one_that_is_taken(encrypted: Exerci
 
 
 def test_a_node_that_claims_what_others_have_gets_nothing(encrypted: Exercise, tmp_path: Path) -> None:
-    """Its pod CIDR is that of one node, its address another's."""
+    """Its pod CIDR covers those of all nodes (so the CNI keeps its routes, which are longer), its address is
+    another's."""
     lab = encrypted.lab
-    cidrs = encrypted.mesh_node("node1")["spec"]["podCIDRs"]
+    cidrs = {node: encrypted.mesh_node(node)["spec"]["podCIDRs"] for node in lab.nodes}
+    claimed = [str(ipaddress.ip_network(cidr).supernet(8)) for cidr in cidrs["node1"]]
     address = str(lab.state.node("node2").addresses(lab.state.settings.families)[0])
     wanted = (
-        f"{IMPOSTOR}'s pod CIDR {cidrs[0]} overlaps what node1 has, which keeps it",
+        f"{IMPOSTOR}'s pod CIDR {claimed[0]} overlaps what node",
         f"{IMPOSTOR} has address {address} of node2, which keeps it",
     )
     with Capture(tmp_path / "wire.pcap") as capture, encrypted.flows(udp_rate=200, nodes=UNTOUCHED) as flows:
@@ -222,7 +234,7 @@ def test_a_node_that_claims_what_others_have_gets_nothing(encrypted: Exercise, t
                 "apiVersion": "v1",
                 "kind": "Node",
                 "metadata": {"name": IMPOSTOR},
-                "spec": {"podCIDR": cidrs[0], "podCIDRs": cidrs},
+                "spec": {"podCIDR": claimed[0], "podCIDRs": claimed},
             }
         )
         try:
@@ -233,7 +245,7 @@ def test_a_node_that_claims_what_others_have_gets_nothing(encrypted: Exercise, t
             )
             spec = encrypted.mesh_node(IMPOSTOR)["spec"]
             assert not spec.get("podCIDRs") and not spec.get("addresses"), spec
-            assert encrypted.mesh_node("node1")["spec"]["podCIDRs"] == cidrs
+            assert cidrs == {node: encrypted.mesh_node(node)["spec"]["podCIDRs"] for node in lab.nodes}
             assert all(reaches(encrypted, node) for node in UNTOUCHED[1:])
         finally:
             lab.kubectl("delete", "node", IMPOSTOR)

@@ -338,8 +338,8 @@ class Exercise:
                 running.append((node, process))
             for node, process in running:
                 assert process.stdout
-                if process.stdout.readline() != "started\n":
-                    raise LabError(f"flows from {node} don't start: {process.communicate()}")
+                if (said := process.stdout.readline()) != "started\n":
+                    raise LabError(f"flows from {node} don't start: {said}{process.communicate()}")
             yield flows
             for _, process in running:
                 process.send_signal(signal.SIGTERM)
