@@ -391,8 +391,7 @@ def test_a_roamed_endpoint_stays_after_a_handshake(pair: tuple[Node, Node]) -> N
 
 
 def test_a_node_that_loses_its_address_sends_from_another(pair: tuple[Node, Node]) -> None:
-    """The other has heard nothing of it and finds out by what arrives. wireguard-go alone would go on with
-    the address that it was last reached at."""
+    """The other has heard nothing of it and finds out by what arrives."""
     enforce(pair)
     _, b = pair
     ping = "ping -c 1 -W 1 -I 10.244.2.1 10.244.1.1"

@@ -156,7 +156,7 @@ class Kernel:
                 stale |= Part.WIREGUARD
             if _addresses(seen.links) - _addresses(links):
                 # The kernel's looks after each packet's source itself; wireguard-go keeps to the one that it
-                # was last reached at, whatever becomes of it.
+                # was last reached at, some versions until a handshake has failed with it.
                 self._lost_source = frozenset(
                     name for name, each in self._implementations.items() if isinstance(each, uapi.Uapi)
                 )
