@@ -69,6 +69,8 @@ def watched(
         tcp_stall_ms=longest_silence(flows, "tcp"),
     )
     note(record)
+    if flows.lost:
+        print(json.dumps(flows.broken))
     assert flows.lost == 0 and not flows.broken, json.dumps(flows.broken)
     # The record itself may have gaps on a busy machine: that nothing in clear was in it must not hang on it.
     assert report.clear == 0, report

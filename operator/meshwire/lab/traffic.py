@@ -35,8 +35,9 @@ SO_RCVBUFFORCE: Final = 33
 MAX_GAPS: Final = 50
 """Of a flow that has lost something: when a later packet came, the first number that was not there, and how
 many."""
-MIN_PAUSE: Final = 0.002
-"""Seconds between two times of sending."""
+MIN_PAUSE: Final = 0.01
+"""Seconds between two times of sending, and of reading: a wake-up costs more than a packet, and what traffic
+costs is missing where it is looked after."""
 DRAIN_SECONDS: Final = 1.0
 """How long a packet may be late before it counts as lost."""
 OPEN_SECONDS: Final = 10.0
@@ -125,7 +126,6 @@ class Sender:
                 except OSError:
                     self.refused += 1
             pause = 0.001 if due > self.sent else start + self.sent / self._rate - loop.time()
-            # A wake-up costs more than a packet: at high rates several share one.
             await asyncio.sleep(max(pause, MIN_PAUSE))
 
 
@@ -142,6 +142,18 @@ def make_udp_socket(family: int) -> socket.socket:
     return sock
 
 
+def read_in_turns(sock: socket.socket, read: Callable[[], None]) -> None:
+    """Calls `read` when something has arrived, and then not before MIN_PAUSE is over."""
+    loop = asyncio.get_running_loop()
+
+    def readable() -> None:
+        loop.remove_reader(sock)
+        read()
+        loop.call_later(MIN_PAUSE, loop.add_reader, sock, readable)
+
+    loop.add_reader(sock, readable)
+
+
 @dataclass(slots=True)
 class ServerFlow:
     counted: Counted
@@ -156,10 +168,10 @@ class UdpServer:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._flows: dict[int, ServerFlow] = {}
-        asyncio.get_running_loop().add_reader(sock, self._read)
+        read_in_turns(sock, self._read)
 
     def _read(self) -> None:
-        for _ in range(64):
+        for _ in range(1024):
             try:
                 packet, peer = self._socket.recvfrom(65535)
             except BlockingIOError:
@@ -269,7 +281,7 @@ async def udp(
     results: list[dict[str, object]] = []
 
     def read() -> None:
-        for _ in range(64):
+        for _ in range(1024):
             try:
                 packet = sock.recv(65535)
             except BlockingIOError:
@@ -284,8 +296,7 @@ async def udp(
             elif kind == RESULT:
                 results.append(json.loads(packet[HEADER.size :]))
 
-    loop = asyncio.get_running_loop()
-    loop.add_reader(sock, read)
+    read_in_turns(sock, read)
     opened = time.monotonic()
     while not backward.received:
         if time.monotonic() - opened > OPEN_SECONDS:
@@ -367,14 +378,14 @@ async def tcp(
     async def send() -> None:
         nonlocal sent
         loop = asyncio.get_running_loop()
-        start, chunk = loop.time(), max(1, min(16384, rate // 50))
+        start, chunk = loop.time(), max(1, min(16384, rate // 20))
         while not stop.is_set():
             if sent < (loop.time() - start) * rate:
                 writer.write(pattern(sent, chunk))
                 sent += chunk
                 await writer.drain()
             else:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
         writer.write_eof()
 
     async def receive() -> None:
