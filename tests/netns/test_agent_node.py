@@ -435,6 +435,12 @@ def test_a_dead_supervisor_takes_no_device_along(enforcing: Node) -> None:
     until(lambda: enforcing.is_ready())
 
 
+def test_a_device_process_comes_first_and_works_in_batches(enforcing: Node) -> None:
+    pid = int((enforcing.directory / f"{DEVICE}.pid").read_text().split()[0])
+    assert os.sched_getscheduler(pid) == os.SCHED_BATCH
+    assert os.getpriority(os.PRIO_PROCESS, pid) == -10
+
+
 def test_a_killed_device_process_is_replaced(enforcing: Node) -> None:
     file = enforcing.directory / f"{DEVICE}.pid"
     before = file.read_text()
