@@ -313,8 +313,8 @@ def serve(run_directory: Path) -> NoReturn:
 
 def _work_in_batches() -> None:
     """What we start interrupts nobody for a packet that comes: on a busy node it would do so for each, and a
-    third of its time would go into changes from one process to the other. It still gets more time than others,
-    by its niceness, and the next processor that is free."""
+    third of its time would go into changes from one process to the other. It still gets more time than
+    others, by its niceness, and the next processor that is free."""
     try:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     except OSError as error:
