@@ -38,6 +38,8 @@ many."""
 MIN_PAUSE: Final = 0.01
 """Seconds between two times of sending, and of reading: a wake-up costs more than a packet, and what traffic
 costs is missing where it is looked after."""
+MAX_READ: Final = 1024
+"""Packets read in one go: others have a turn then."""
 DRAIN_SECONDS: Final = 1.0
 """How long a packet may be late before it counts as lost."""
 OPEN_SECONDS: Final = 10.0
@@ -171,7 +173,7 @@ class UdpServer:
         read_in_turns(sock, self._read)
 
     def _read(self) -> None:
-        for _ in range(1024):
+        for _ in range(MAX_READ):
             try:
                 packet, peer = self._socket.recvfrom(65535)
             except BlockingIOError:
@@ -281,7 +283,7 @@ async def udp(
     results: list[dict[str, object]] = []
 
     def read() -> None:
-        for _ in range(1024):
+        for _ in range(MAX_READ):
             try:
                 packet = sock.recv(65535)
             except BlockingIOError:
